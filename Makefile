@@ -1,0 +1,32 @@
+# make demo    install, generate the demo corpus, train three tasks on two processes
+# make test    install, then ruff, mypy and pytest
+# make setup   the install alone; does nothing the second time
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/installed
+
+.venv/installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/mtl-dist corpus data/demo
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_2proc.yaml \
+		-m mtl_dist train configs/demo.yaml distributed.processes=2 --overwrite
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv data/demo runs/demo

@@ -1,0 +1,195 @@
+"""The command `mtl-dist`. Heavy modules are imported by the commands that need them, so that --help answers at once.
+
+Whatever the user got wrong is one line on standard error and exit code 2.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtl_dist.config import UserError, load, schema
+
+CONFIG_FILE = "config.yaml"  # of a run folder
+
+if TYPE_CHECKING:
+    from mtl_dist.experiment import Experiment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse gives up on positional arguments behind an option; overrides may stand there all the same.
+    if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        if _is_first_rank():  # the others have the same to say
+            print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mtl-dist",
+        description="Multi-task training of one encoder. "
+        "Start several processes with `accelerate launch -m mtl_dist train CONFIG`.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    def config(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("config", metavar="CONFIG", type=Path, help="the experiment's YAML file")
+        overrides(sub)
+
+    def run_folder(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("run_folder", metavar="RUN", type=Path, help="a run folder")
+
+    def overrides(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as tasks.sst.weight=2")
+
+    def as_json(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="print one JSON document")
+
+    sub = command("train", _train, "train an experiment")
+    config(sub)
+    sub.add_argument("--overwrite", action="store_true", help="replace the run that is in output_dir")
+
+    sub = command("eval", _eval, "score a run's best model")
+    run_folder(sub)
+    overrides(sub)
+    sub.add_argument("--split", choices=("dev", "test"), default="dev")
+    as_json(sub)
+
+    sub = command("predict", _predict, "predict the labels of a file with a run's best model")
+    run_folder(sub)
+    sub.add_argument("file", metavar="FILE", type=Path, help="rows with the task's sentences, labelled or not")
+    sub.add_argument("--task", required=True)
+    sub.add_argument("--out", type=Path, required=True, help="where to write: .jsonl, else `id, Predicted_Label`")
+    sub.add_argument("--format", choices=("csv", "tsv", "jsonl", "parquet"), help="by default as the task's own files")
+
+    config(command("prepare", _prepare, "check and tokenise an experiment's data, so that training starts at once"))
+
+    sub = command("validate", _validate, "check a config and its data without training")
+    config(sub)
+    as_json(sub)
+
+    command("schema", _schema, "print the JSON schema of configs, for editors")
+
+    sub = command("corpus", _corpus, "write the demo corpus: three small tasks, generated")
+    sub.add_argument("folder", metavar="FOLDER", type=Path)
+    sub.add_argument("--rows", type=int, default=20_000, help="train rows of all tasks together, 100 to 1,000,000")
+    sub.add_argument("--shares", type=_share, nargs="+", metavar="TASK=SHARE", help="such as sentiment=1 paraphrase=9")
+    sub.add_argument("--dev-rows", type=int, default=500, help="dev rows, and test rows, of each task")
+    sub.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _experiment(path: Path, overrides: Sequence[str]) -> "Experiment":
+    from mtl_dist.experiment import Experiment
+
+    return load(Experiment, path, overrides)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = _experiment(arguments.config, arguments.overrides)
+    from mtl_dist.train import train
+
+    train(config, arguments.overwrite)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from mtl_dist.evaluate import evaluate_run
+    from mtl_dist.telemetry import score_table
+
+    config = _experiment(arguments.run_folder / CONFIG_FILE, arguments.overrides)
+    scores = evaluate_run(config, arguments.run_folder, arguments.split)
+    if not _is_first_rank():
+        return
+    if arguments.json:
+        print(json.dumps(scores, indent=2))
+    else:
+        _print(score_table(scores, {name: task.metric for name, task in config.tasks.items()}))
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from mtl_dist.evaluate import predict_file
+
+    config = _experiment(arguments.run_folder / CONFIG_FILE, [])
+    predict_file(config, arguments.run_folder, arguments.task, arguments.file, arguments.format, arguments.out)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    config = _experiment(arguments.config, arguments.overrides)
+    from mtl_dist.telemetry import make_console
+    from mtl_dist.tokenizer import load_tokenizer
+    from mtl_dist.train import data_table, load_data
+
+    splits = load_data(config, load_tokenizer(config.encoder.tokenizer_source), make_console(True, stderr=True))
+    _print(data_table(splits))
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    config = _experiment(arguments.config, arguments.overrides)
+    from mtl_dist.data.prepare import count_rows
+
+    counts = {
+        f"{name} {split}": count_rows(name, task, source)
+        for name, task in config.tasks.items()
+        for split in ("train", "dev")
+        if (source := config.source(name, split)) is not None
+    }
+    if arguments.json:
+        print(json.dumps({"config": str(arguments.config), "rows": counts}, indent=2))
+    else:
+        for name, numbers in counts.items():
+            print(f"{name}: {numbers['usable']:,} rows, {numbers['rejected']:,} skipped")
+        print(f"{arguments.config} is valid")
+
+
+def _schema(arguments: argparse.Namespace) -> None:
+    from mtl_dist.experiment import Experiment
+
+    print(json.dumps(schema(Experiment), indent=2))
+
+
+def _share(text: str) -> tuple[str, float]:
+    task, _, share = text.partition("=")
+    return task, float(share)
+
+
+def _corpus(arguments: argparse.Namespace) -> None:
+    from mtl_dist.data.corpus import SHARES, write_corpus
+
+    shares = dict(arguments.shares or SHARES)
+    try:
+        sizes = write_corpus(
+            arguments.folder, rows=arguments.rows, shares=shares, dev_rows=arguments.dev_rows, seed=arguments.seed
+        )
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.folder}: {error.strerror}") from error
+    print(f"{arguments.folder}: {', '.join(f'{size:,} rows of {task}' for task, size in sizes.items())}")
+
+
+def _print(renderable: object) -> None:
+    from mtl_dist.telemetry import make_console
+
+    make_console(True).print(renderable)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"

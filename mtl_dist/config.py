@@ -1,0 +1,297 @@
+"""Strict YAML and `a.b=value` overrides into pydantic models; each mistake is one line: where, what, and the way out.
+
+    configs/demo.yaml:12: tasks.sst.head has no field 'hiden'; did you mean 'hidden'?
+    override 'tasks.sst.weight=two': tasks.sst.weight is 'two', not a number
+
+Unions of models are told apart by a field `kind: Literal[...]`.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, NoReturn, TypeVar, Union, cast, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
+
+Keys = tuple[str | int, ...]  # ("tasks", "sst", "files", 0)
+
+
+class UserError(Exception):
+    """A mistake in what the user wrote; the message is all they see."""
+
+
+def _scalars_made_strict(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        strict = {"strict": True} if schema.get("type") in ("bool", "int", "float", "str") else {}
+        return strict | {key: part if key == "default" else _scalars_made_strict(part) for key, part in schema.items()}
+    return [_scalars_made_strict(part) for part in schema] if isinstance(schema, list) else schema
+
+
+class Config(BaseModel):
+    """Base of every config: no unknown fields, no changes once read, no "5" or true where a number is due."""
+
+    # Fields named model_* are ours, not pydantic's.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        # ConfigDict(strict=True) would also refuse a list for a tuple and a text for a path.
+        return cast(CoreSchema, _scalars_made_strict(handler(source)))
+
+
+def _home_expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} starts in the home of an unknown user") from None
+
+
+UserPath = Annotated[Path, AfterValidator(_home_expanded)]  # a path in which ~ is somebody's home
+
+T = TypeVar("T", bound=Config)
+
+
+def load(model: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
+    """The config in a YAML file, after overrides such as `optim.rules.0.lr=1e-5`; the last of two wins."""
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{line}: not UTF-8 text") from None
+
+    places: dict[Keys, str] = {}  # where each part of the config was written: in file order, then override by override
+    raw = _read(text, lambda line: f"{path}:{line}", (), places)
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{places[()]}: the top level is {_show(raw)}, not a mapping")
+    for override in overrides:
+        _override(raw, override, places)
+
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(model, error, places))) from None
+
+
+def dump(config: Config) -> str:
+    """The config as YAML, defaults filled in; `load` reads an equal one back."""
+    fields = config.model_dump(mode="json", by_alias=True, round_trip=True)
+    return yaml.dump(fields, Dumper=_Dumper, sort_keys=False)
+
+
+def schema(model: type[Config]) -> dict[str, Any]:
+    """The JSON schema that editors check a config against while it is typed."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
+
+
+# YAML 1.2's core schema in decimal. PyYAML alone follows 1.1, where `no` is false, 1e-5 a text and 1:30 is ninety.
+_SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]{1,300}", int),  # longer ones are floats, and infinite
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    ),
+    "str": (r"(?s:.*)", str),
+}
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """Knows the scalars above and no others."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that looks like something else to YAML 1.2, or to the 1.1 of other tools."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _name in ("null", "bool", "int", "float"):
+    for _yaml in (_Loader, _Dumper):
+        _yaml.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_SCALARS[_name][0]})\Z"), None)
+
+
+def _read(text: str, place: Callable[[int], str], root: Keys, places: dict[Keys, str]) -> Any:
+    """The value of a YAML text; notes in `places` where each part of it stands, as `place` names a line."""
+
+    def fail(mark: yaml.Mark, problem: str) -> NoReturn:
+        raise UserError(f"{place(mark.line + 1)}: {problem}")
+
+    def build(node: yaml.Node, keys: Keys, mark: yaml.Mark) -> Any:
+        places[keys] = place(mark.line + 1)
+        if len(keys) > 99:  # or an alias of its own parent would never end
+            fail(mark, "nested more than 99 levels deep")
+        name = node.tag.removeprefix(_TAG)
+        if isinstance(node, yaml.MappingNode) and name == "map":
+            mapping: dict[str, Any] = {}
+            for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    fail(key.start_mark, f"{_dotted(keys)} has a list or a mapping as a key")
+                if key.value in mapping:
+                    child = (*keys, key.value)
+                    fail(key.start_mark, f"{_dotted(child)} is given twice; first at {places[child]}")
+                mapping[key.value] = build(value, (*keys, key.value), key.start_mark)
+            return mapping
+        if isinstance(node, yaml.SequenceNode) and name == "seq":
+            return [build(item, (*keys, index), item.start_mark) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode) and name in _SCALARS:
+            pattern, make = _SCALARS[name]
+            if re.fullmatch(pattern, node.value):
+                return make(node.value)
+        fail(node.start_mark, f"{_dotted(keys)} is no valid {node.tag.replace(_TAG, '!!')}")
+
+    if unprintable := _Loader.NON_PRINTABLE.search(text):
+        line = 1 + text.count("\n", 0, unprintable.start())
+        raise UserError(f"{place(line)}: the character {unprintable.group()!r} is not allowed in YAML")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        fail(error.problem_mark or loader.get_mark(), f"not YAML: {problem}")
+    except (ValueError, OverflowError, RecursionError) as error:  # PyYAML's slips, as on "\U00110000"
+        fail(loader.get_mark(), f"not YAML: {error}")
+    if node is None:
+        places[root] = place(1)
+        return None
+    return build(node, root, node.start_mark)
+
+
+def _override(raw: dict[str, Any], override: str, places: dict[Keys, str]) -> None:
+    place = f"override {override!r}"
+    name, equals, text = override.partition("=")
+    parts = name.split(".")
+    if not (equals and all(parts)):
+        raise UserError(f"{place}: not of the form a.b=value")
+
+    here: Any = [raw]
+    key: str | int = 0
+    keys: Keys = ()
+    for part in parts:
+        if here[key] is None:
+            here[key] = {}
+            places[keys] = place
+        here = here[key]
+        if isinstance(here, dict):
+            here.setdefault(part, None)
+            key = part
+        elif isinstance(here, list) and part in map(str, range(len(here))):
+            key = int(part)
+        else:
+            raise UserError(f"{place}: {_dotted(keys)} is {_show(here)}; there is no {part!r} in it")
+        keys = (*keys, key)
+    for replaced in [old for old in places if old[: len(keys)] == keys]:
+        del places[replaced]
+    here[key] = _read(text, lambda line: place, keys, places)
+
+
+# What pydantic wanted where it complains of a wrong `<name>_type`.
+_WANTED = {"bool": "true or false", "int": "a whole number", "float": "a number", "string": "text", "path": "text"}
+_WANTED |= dict.fromkeys(("dict", "model", "model_attributes"), "a mapping")
+_WANTED |= dict.fromkeys(("list", "tuple", "set", "frozen_set"), "a list")
+
+
+def _explain(model: type[Config], error: ValidationError, places: dict[Keys, str]) -> list[str]:
+    """One line for each mistake, in the order of `places`."""
+    order = list(places)
+    lines = []
+    for mistake in error.errors(include_url=False):
+        keys, complaint = _complaint(model, dict(mistake))
+        while keys not in places:  # what is missing, or came from a default, has no place of its own
+            keys = keys[:-1]
+        lines.append((order.index(keys), f"{places[keys]}: {complaint}"))
+    return [line for _, line in sorted(lines, key=lambda line: line[0])]
+
+
+def _complaint(model: type[Config], mistake: dict[str, Any]) -> tuple[Keys, str]:
+    error, value = mistake["type"], mistake["input"]
+    keys, types = _locate(model, mistake["loc"])
+    choices = [choice for literal in types for choice in get_args(literal)]
+    must = re.sub(r"^\w+ should ", "must ", mistake["msg"])
+    if error.startswith("union_tag"):
+        keys, value = (*keys, "kind"), value.get("kind")
+        choices = [kind for member in types for kind in _kinds(member)]
+        must = f"must be one of {', '.join(map(repr, choices))}"
+    name = _dotted(keys)
+
+    match error:
+        case "extra_forbidden":
+            known = [field for parent in _locate(model, mistake["loc"][:-1])[1] for field in _fields(parent)]
+            listed = f"; it has {', '.join(map(str, known))}" if 0 < len(known) <= 12 else ""
+            text = f"{_dotted(keys[:-1])} has no field {keys[-1]!r}{_meant(keys[-1], known) or listed}"
+        case "missing":
+            text = f"{name} is missing"
+        case "union_tag_not_found":
+            text = f"{name} is missing; {must}"
+        case "value_error" | "assertion_error":
+            text = f"{name}: {mistake['ctx']['error']}" if keys else str(mistake["ctx"]["error"])
+        case _ if wanted := _WANTED.get(error.removesuffix("_type")):
+            text = f"{name} is {_show(value)}, not {wanted}"
+        case _:
+            text = f"{name} is {_show(value)}{_meant(value, choices) or '; ' + must}"
+    return keys, text
+
+
+def _locate(model: type[Config], loc: Keys) -> tuple[Keys, list[Any]]:
+    """The keys that a pydantic `loc` goes through and the types allowed at its end.
+
+    Between the keys, `loc` also names the union member that was tried; only the types tell which is which.
+    """
+    keys: Keys = ()
+    types: list[Any] = [model]
+    for part in loc:
+        if len(types) > 1:
+            types = [member for member in types if part in _kinds(member)]
+        elif part != "[key]":  # pydantic's mark behind a mapping's key that is itself wrong
+            keys = (*keys, part)
+            types = [inner for outer in types for inner in _alternatives(_inside(outer, part))]
+    return keys, types
+
+
+def _inside(container: Any, part: str | int) -> Any:
+    if fields := _fields(container):
+        return fields.get(part)
+    arguments = [argument for argument in get_args(container) if argument is not ...]
+    return arguments[-1] if arguments else None  # the values of a mapping, the items of a list
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [member for one in get_args(annotation) for member in _alternatives(one)]
+    return [] if annotation in (None, NoneType) else [annotation]
+
+
+def _fields(model: Any) -> dict[str | int, Any]:
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return {}
+    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+
+
+def _kinds(model: Any) -> tuple[Any, ...]:
+    return get_args(_fields(model).get("kind"))
+
+
+def _meant(word: Any, known: Iterable[Any]) -> str:
+    close = difflib.get_close_matches(str(word), [text for text in known if isinstance(text, str)], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _show(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _dotted(keys: Keys) -> str:
+    parts = [f"[{key}]" if isinstance(key, int) else f".{key}" if key.isprintable() else f".{key!r}" for key in keys]
+    return "".join(parts).removeprefix(".") or "the top level"

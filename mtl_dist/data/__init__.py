@@ -1,0 +1,1 @@
+"""Reading, mixing, preparing and batching of task data."""

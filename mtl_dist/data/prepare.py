@@ -1,0 +1,273 @@
+"""Rows to tokens, once: a split is checked, tokenised and written to a memory-mapped Arrow file.
+
+read_rows -> TaskConfig.check -> encode -> <cache>/<key>/{rows.arrow, rejected.tsv, meta.json}
+
+The key covers all that the tokens depend on, so a cache entry is never stale; an entry appears whole or not at all.
+Training then holds no text in memory: a `Split` is a view on the file.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from mtl_dist.config import UserError
+from mtl_dist.data.read import BadRow, File, Source, fingerprint, name_of, place, read_rows
+from mtl_dist.tasks import Example, TaskConfig
+from mtl_dist.tokenizer import Encoded, encode, encode_in_worker, start_worker
+
+FORMAT = 1
+CHUNK_ROWS = 8192
+CHUNKS_WORTH_PROCESSES = 3  # below this, starting processes takes longer than the work
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a split; every array is a view on the file."""
+
+    lines: NDArray[np.int64]
+    labels: NDArray[np.float64]
+    second_from: NDArray[np.int32]
+    inputs: tuple[tuple[NDArray[np.int32], NDArray[np.int32]], ...]  # per input: all its tokens, and each row's offsets
+    ids: pa.StringArray
+
+
+class Split:
+    """The prepared rows of one split of a task."""
+
+    def __init__(self, folder: Path, source: Source) -> None:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.folder = folder
+        self.source = source
+        self.num_rejected: int = meta["rejected"]
+        self.num_truncated: int = meta["truncated"]
+        self.num_tokens: int = meta["tokens"]
+        with pa.memory_map(str(folder / "rows.arrow")) as file:
+            reader = pa.ipc.open_file(file)
+            self._chunks = [_view(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        self._num_rows = sum(len(chunk.lines) for chunk in self._chunks)
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def _find(self, row: int) -> tuple[Chunk, int]:
+        chunk, index = divmod(row, CHUNK_ROWS)
+        return self._chunks[chunk], index
+
+    def inputs(self, row: int) -> list[NDArray[np.int32]]:
+        """The token numbers that the encoder reads for a row: one input, or one for each sentence of a pair."""
+        chunk, i = self._find(row)
+        return [tokens[offsets[i] : offsets[i + 1]] for tokens, offsets in chunk.inputs]
+
+    def second_from(self, row: int) -> int:
+        """Where the second sentence starts in a joint input."""
+        chunk, i = self._find(row)
+        return int(chunk.second_from[i])
+
+    def label(self, row: int) -> float:
+        """The label; not a number where there is none."""
+        chunk, i = self._find(row)
+        return float(chunk.labels[i])
+
+    def line(self, row: int) -> int:
+        """The line of the file that the row was read from."""
+        chunk, i = self._find(row)
+        return int(chunk.lines[i])
+
+    def id(self, row: int) -> str:
+        """The row's name in the file's id column, or its line."""
+        chunk, i = self._find(row)
+        return str(chunk.ids[i].as_py())
+
+    def length(self, row: int) -> int:
+        """How many tokens the encoder reads for a row."""
+        chunk, i = self._find(row)
+        return sum(int(offsets[i + 1] - offsets[i]) for _, offsets in chunk.inputs)
+
+    def rejected(self) -> list[BadRow]:
+        """The rows of the file that the task cannot use."""
+        lines = (self.folder / "rejected.tsv").read_text(encoding="utf-8").splitlines()
+        return [BadRow(int(line), message) for line, message in (text.split("\t", 1) for text in lines)]
+
+
+def _view(batch: pa.RecordBatch) -> Chunk:
+    def array(column: pa.Array) -> Any:
+        return column.to_numpy(zero_copy_only=True)
+
+    columns = {name: batch.column(name) for name in batch.schema.names}
+    inputs = [column for name, column in columns.items() if name.startswith("input")]
+    return Chunk(
+        lines=array(columns["line"]),
+        labels=array(columns["label"]),
+        second_from=array(columns["second_from"]),
+        inputs=tuple((array(column.values), array(column.offsets)) for column in inputs),
+        ids=columns["id"],
+    )
+
+
+def prepare(
+    task: TaskConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    max_length: int,
+    cache_dir: Path,
+    labelled: bool = True,
+    on_rows: Callable[[int], object] = lambda rows: None,
+) -> Split:
+    """The prepared rows of `source`; from the cache if they are there, else written now (`on_rows` hears how many)."""
+    key = _key(task, source, tokenizer, max_length, labelled)
+    folder = cache_dir / key
+    if not os.access(folder, os.R_OK):
+        unfinished = folder.with_name(f".{key}.{uuid4().hex[:8]}")
+        try:
+            unfinished.mkdir(parents=True)
+            _write(unfinished, task, source, tokenizer, max_length, labelled, on_rows)
+            unfinished.rename(folder)
+        except OSError as error:
+            # Another process may have been faster: its entry is as good as ours.
+            if not os.access(folder, os.R_OK):
+                raise UserError(f"cache_dir: cannot write {unfinished}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return Split(folder, source)
+
+
+def _key(task: TaskConfig, source: Source, tokenizer: Tokenizer, max_length: int, labelled: bool) -> str:
+    parts = {
+        "format": (FORMAT, CHUNK_ROWS),
+        "rows": fingerprint(source),
+        "read_as": source.model_dump(mode="json", exclude={"path"}),
+        "suffix": source.path.suffix if isinstance(source, File) else None,
+        "tokenizer": tokenizer.to_str(),
+        "max_length": max_length,
+        "columns": task.columns.model_dump(mode="json"),
+        "label": task.label.model_dump(mode="json") if labelled else None,
+        "joint": task.head.joint,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def checked_rows(task: TaskConfig, source: Source, labelled: bool = True) -> Iterator[Example | BadRow]:
+    """Every row of `source`, as an example or with what is wrong with it."""
+    for row in read_rows(source, columns=task.column_names(labelled)):
+        yield row if isinstance(row, BadRow) else task.check(row, labelled)
+
+
+def count_rows(task_name: str, task: TaskConfig, source: Source) -> dict[str, int]:
+    """How many rows are usable and how many not, as `refuse_unusable` allows."""
+    usable, bad = 0, []
+    for row in checked_rows(task, source):
+        if isinstance(row, BadRow):
+            bad.append(row)
+        else:
+            usable += 1
+    refuse_unusable(task_name, task, source, usable, bad)
+    return {"usable": usable, "rejected": len(bad)}
+
+
+def refuse_unusable(
+    task_name: str, task: TaskConfig, source: Source, usable: int, bad: Sequence[BadRow], shown: int = 5
+) -> None:
+    """Raises if there are bad rows that the task does not skip, or no others."""
+    if bad and task.bad_rows == "error":
+        lines = [f"{place(source, row.line)}: {row.message} (task '{task_name}')" for row in bad[:shown]]
+        if len(bad) > shown:
+            lines.append(f"... and {len(bad) - shown} more such rows; bad_rows: skip trains without them")
+        raise UserError("\n".join(lines))
+    if not usable:
+        hint = "; bad_rows: error tells why" if bad else ""
+        raise UserError(f"{name_of(source)}: no usable row for task '{task_name}'{hint}")
+
+
+def _write(
+    folder: Path,
+    task: TaskConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    max_length: int,
+    labelled: bool,
+    on_rows: Callable[[int], object],
+) -> None:
+    num_inputs = 1 if task.head.joint else len(task.columns.sentences)
+    schema = pa.schema(
+        [("line", pa.int64()), ("id", pa.string()), ("label", pa.float64()), ("second_from", pa.int32())]
+        + [(f"input{i}", pa.list_(pa.int32())) for i in range(num_inputs)]
+    )
+    meta = {"rejected": 0, "truncated": 0, "tokens": 0}
+    with (
+        (folder / "rejected.tsv").open("w", encoding="utf-8", errors="backslashreplace") as rejected,
+        pa.OSFile(str(folder / "rows.arrow"), "wb") as file,
+        pa.ipc.new_file(file, schema) as writer,
+    ):
+
+        def good_rows() -> Iterator[Example]:
+            for row in checked_rows(task, source, labelled):
+                if isinstance(row, Example):
+                    yield row
+                else:
+                    rejected.write(f"{row.line}\t{' '.join(row.message.split())}\n")
+                    meta["rejected"] += 1
+
+        for examples, encoded in _encode_all(_in_chunks(good_rows()), tokenizer, max_length, task.head.joint):
+            writer.write_batch(_record_batch(examples, encoded, schema))
+            meta["truncated"] += encoded.truncated
+            meta["tokens"] += sum(len(tokens) for row in encoded.inputs for tokens in row)
+            on_rows(len(examples))
+    (folder / "meta.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")
+
+
+def _in_chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    while chunk := list(islice(examples, CHUNK_ROWS)):
+        yield chunk
+
+
+def _encode_all(
+    chunks: Iterator[list[Example]], tokenizer: Tokenizer, max_length: int, joint: bool
+) -> Iterator[tuple[list[Example], Encoded]]:
+    """Each chunk with its tokens, in order; a large split is spread over processes."""
+    first = list(islice(chunks, CHUNKS_WORTH_PROCESSES))
+    if len(first) < CHUNKS_WORTH_PROCESSES:
+        for chunk in first:
+            yield chunk, encode(tokenizer, [example.sentences for example in chunk], max_length, joint)
+        return
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting: deque[tuple[list[Example], Future[Encoded]]] = deque()
+    # Spawned, because a fork would copy the threads' locks of whatever runs here.
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(tokenizer.to_str(),)
+    ) as pool:
+        for chunk in chain(first, chunks):
+            sentences = [example.sentences for example in chunk]
+            waiting.append((chunk, pool.submit(encode_in_worker, sentences, max_length, joint)))
+            if len(waiting) > 2 * workers:  # read ahead, but do not read the whole file into memory
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
+
+
+def _record_batch(examples: Sequence[Example], encoded: Encoded, schema: pa.Schema) -> pa.RecordBatch:
+    columns: list[pa.Array] = [
+        pa.array([example.line for example in examples], pa.int64()),
+        pa.array([example.id for example in examples], pa.string()),
+        pa.array([example.label for example in examples], pa.float64()),
+        pa.array(encoded.second_from, pa.int32()),
+    ]
+    for tokens in zip(*encoded.inputs, strict=True):
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in tokens])]).astype(np.int32)
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(tokens))))
+    return pa.record_batch(columns, schema=schema)

@@ -1,0 +1,84 @@
+"""One encoder, and for each task its pooling and head."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from mtl_dist.config import UserError
+from mtl_dist.model.encoder import Encoder, Packed
+from mtl_dist.model.heads import pool
+from mtl_dist.model.weights import EncoderConfig, build_encoder, save_checkpoint
+from mtl_dist.tasks import TaskConfig
+from mtl_dist.tokenizer import load_tokenizer
+
+BEST = "best"  # where a run folder keeps its best model
+HEADS = "heads.safetensors"
+
+
+class MultiTaskModel(nn.Module):
+    """Packed sentences of one task in, that task's raw outputs in fp32 out."""
+
+    def __init__(self, encoder: Encoder, tasks: Mapping[str, TaskConfig]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pooling = {name: task.pooling for name, task in tasks.items()}
+        self.heads = nn.ModuleDict(
+            {
+                name: task.head.build(
+                    width=encoder.shape.hidden_size,
+                    outputs=task.loss.outputs(task.label),
+                    dropout=task.dropout,
+                    scale=task.label.scale,
+                )
+                for name, task in tasks.items()
+            }
+        )
+
+    def forward(self, task: str, packed: Packed) -> Tensor:
+        pooled_SD = pool(self.encoder(packed), packed, self.pooling[task], self.encoder)
+        return self.heads[task](pooled_SD).float()  # type: ignore[no-any-return]
+
+
+def save_model(model: MultiTaskModel, tokenizer: Tokenizer, folder: Path, scores: Mapping[str, Any]) -> None:
+    """Puts encoder (which transformers opens), heads.safetensors and scores.json in place of what `folder` held."""
+    unfinished, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_checkpoint(model.encoder, tokenizer, unfinished / "encoder")
+    heads = {name: tensor.detach().cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
+    save_file(heads, unfinished / HEADS)
+    (unfinished / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_model(folder: Path, tasks: Mapping[str, TaskConfig]) -> tuple[MultiTaskModel, Tokenizer]:
+    """The model and tokenizer that `save_model` wrote."""
+    path = folder / HEADS
+    if not path.is_file():
+        raise UserError(f"{folder}: no saved model here")
+    encoder = EncoderConfig.model_validate({"from": str(folder / "encoder")})
+    tokenizer = load_tokenizer(encoder.tokenizer_source)
+    model = MultiTaskModel(build_encoder(encoder, tokenizer), tasks)
+    try:
+        heads = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    saved, expected = (
+        {(name, tensor.shape) for name, tensor in each.items()} for each in (heads, model.heads.state_dict())
+    )
+    if misfits := sorted({name.split(".")[0] for name, _ in saved ^ expected}):
+        raise UserError(
+            f"{path}: the heads of {', '.join(misfits)} are not those of the config; give the tasks it was trained with"
+        )
+    model.heads.load_state_dict(heads)
+    return model, tokenizer

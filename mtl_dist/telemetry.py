@@ -1,0 +1,202 @@
+"""What a run tells while it trains: the screen, metrics.jsonl and TensorBoard, all fed with the same records.
+
+On a terminal the screen is a table of the tasks over a bar; elsewhere every report is a line. Only one rank reports.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mtl_dist.metrics import OVERALL
+
+TENSORBOARD = "tensorboard"  # in the run folder
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The steps since the last report."""
+
+    step: int  # how many are done
+    loss: dict[str, float]  # mean over the examples since the last report
+    examples: dict[str, int]  # since the start
+    draws: dict[str, int]  # since the start
+    lr: dict[str, float]  # of each parameter group
+    tokens_per_second: float
+    seconds_per_step: float
+    gradient_norm: float | None  # before clipping; None where nothing is clipped
+    skipped_steps: int  # steps that fp16's loss scaling left out, since the start
+
+    def as_record(self) -> dict[str, Any]:
+        """The report as a record: without the step, and without what is not there."""
+        return {name: value for name, value in asdict(self).items() if name != "step" and value is not None}
+
+
+def make_console(enabled: bool, stderr: bool = False) -> Console:
+    """A rank's console; all but one are silent. Where no terminal sets a width it is wide enough for our tables."""
+    console = Console(quiet=not enabled, stderr=stderr)
+    return console if console.is_terminal else Console(quiet=not enabled, stderr=stderr, width=140)
+
+
+class Recorder:
+    """Writes records to metrics.jsonl and to TensorBoard."""
+
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
+        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / TENSORBOARD))
+
+    def record(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """One line of JSON; every number in it also becomes a scalar named by its path."""
+        self.file.write(json.dumps(_finite({"kind": kind, "step": step, "time": time.time(), **values})) + "\n")
+        self.file.flush()
+        if self.writer is not None:
+            for name, value in _scalars(kind, values):
+                self.writer.add_scalar(name, value, step)
+
+    def text(self, tag: str, text: str) -> None:
+        """A text for TensorBoard's text page."""
+        if self.writer is not None:
+            self.writer.add_text(tag, "    " + text.replace("\n", "\n    "))  # indented: a code block in Markdown
+
+    def close(self) -> None:
+        """Writes out what is still in memory."""
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinities, which JSON has no words for."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(f"{prefix}/{name}", value)
+        elif isinstance(value, int | float):
+            yield f"{prefix}/{name}", value
+
+
+class Screen:
+    """Shows reports on a console."""
+
+    def __init__(self, tasks: list[str], total_steps: int, console: Console) -> None:
+        self.console = console
+        self.total_steps = total_steps
+        self.report: StepReport | None = None
+        self.dev = dict.fromkeys(tasks, "")
+        self.bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[speed]}"),
+            console=console,
+        )
+        self.bar_id = self.bar.add_task("", total=total_steps, speed="starting")
+        self.live = Live(self, console=console, auto_refresh=False) if console.is_terminal else None
+
+    def __rich__(self) -> Group:
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        table.add_column("task", min_width=4)
+        for column in ("loss", "draws", "examples", "dev"):
+            table.add_column(column, justify="right")
+        for task in self.dev:
+            table.add_row(task, *self._cells(task), self.dev[task])
+        return Group(table, self.bar)
+
+    def _cells(self, task: str) -> list[str]:
+        if self.report is None:
+            return ["", "", ""]
+        loss, all_draws = self.report.loss.get(task), sum(self.report.draws.values())
+        return [
+            "" if loss is None else f"{loss:.4f}",
+            f"{self.report.draws[task] / all_draws:.1%}",
+            f"{self.report.examples[task]:,}",
+        ]
+
+    def __enter__(self) -> "Screen":
+        if self.live:
+            self.live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def steps(self, report: StepReport) -> None:
+        """Shows how far training is."""
+        self.report = report
+        remaining = timedelta(seconds=round(report.seconds_per_step * (self.total_steps - report.step)))
+        speed = f"{report.tokens_per_second:,.0f} tokens/s  {remaining} left"
+        if self.live:
+            self.bar.update(self.bar_id, completed=report.step, speed=speed)
+            self.live.refresh()
+        else:
+            losses = "  ".join(f"{task} {loss:.4f}" for task, loss in report.loss.items())
+            self.line(f"step {report.step}/{self.total_steps}  {losses}  {speed}")
+
+    def scores(self, step: int, main: Mapping[str, tuple[str, float | None]], scores: Mapping[str, Any]) -> None:
+        """Shows each task's main metric on its dev set, and the overall scores."""
+        for task, (metric, value) in main.items():
+            self.dev[task] = f"{metric} {shown_score(value)}"
+        if self.live:
+            self.live.refresh()
+        else:
+            parts = [f"{task} {text}" for task, text in self.dev.items() if text]
+            parts += [f"{name} {scores[name]:.4f}" for name in OVERALL if name in scores]
+            self.line(f"step {step}/{self.total_steps}  dev: {'  '.join(parts)}")
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def shown_score(value: float | None) -> str:
+    """A score as people read it; a correlation with constant predictions has none."""
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def score_table(scores: Mapping[str, Any], main: Mapping[str, str]) -> Table:
+    """The scores of every task, its main metric first."""
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("task", min_width=4)
+    for column in ("rows", "metric", "score", "others"):
+        table.add_column(column, justify="right" if column in ("rows", "score") else "left")
+    for task, values in scores["tasks"].items():
+        numbers = {name: value for name, value in values.items() if name not in ("rows", "confusion")}
+        best = numbers.pop(main[task])
+        others = ", ".join(f"{name} {shown_score(value)}" for name, value in numbers.items())
+        table.add_row(task, f"{values['rows']:,}", main[task], shown_score(best), others)
+    for name, mean in OVERALL.items():
+        if name in scores:
+            table.add_row(name, "", mean, f"{scores[name]:.4f}", "")
+    return table
+
+
+@contextmanager
+def counting(console: Console, label: str) -> Iterator[Any]:
+    """A spinner that counts rows while they are prepared; yields what to call with how many more there are."""
+    columns: tuple[ProgressColumn, ...] = (
+        SpinnerColumn(),
+        TextColumn(label + "  {task.completed:,.0f} rows"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=None)
+        yield lambda rows: progress.advance(bar, rows)

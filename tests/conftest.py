@@ -1,0 +1,82 @@
+"""What several test files share: a tiny experiment whose three tasks a tiny encoder trains on in seconds."""
+
+import os
+from pathlib import Path
+from random import Random
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from threads that wait for each other
+for launcher in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "RANK", "WORLD_SIZE"):
+    os.environ.pop(launcher, None)
+
+WORDS = [f"{onset}{vowel}{coda}" for onset in "bdfgklmn" for vowel in "aeiou" for coda in "mnrst"]
+
+EXPERIMENT = """
+output_dir: {folder}/run
+data_dir: {folder}
+cache_dir: {folder}/cache
+steps: 6
+encoder:
+  tokenizer: {folder}
+  shape:
+    hidden_size: 32
+    num_hidden_layers: 2
+    num_attention_heads: 4
+    intermediate_size: 64
+    max_position_embeddings: 64
+tasks:
+  mood:
+    train: mood-train.tsv
+    dev: mood-dev.tsv
+    columns: {{id: id, sentences: [sentence], label: label}}
+    label: {{kind: classification, num_classes: 3}}
+    pooling: pooler
+    batch_size: 6
+  same:
+    train: same-train.tsv
+    dev: same-dev.tsv
+    columns: {{id: id, sentences: [sentence1, sentence2], label: label}}
+    label: {{kind: binary}}
+    head: {{kind: cross_encoder}}
+    batch_size: 9
+  near:
+    train: near-train.tsv
+    dev: near-dev.tsv
+    columns: {{sentences: [sentence1, sentence2], label: label}}
+    label: {{kind: regression, min: 0, max: 5}}
+    head: {{kind: cosine}}
+    batch_size: 1
+    weight: 0.5
+optim: {{lr: 1.0e-3, eps: 1.0e-4}}
+gradients: {{clip_norm: 0.5}}
+log: {{every_steps: 2}}
+"""
+
+
+def sentence(rng: Random) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 12)))
+
+
+def write_rows(path: Path, task: str, rows: int) -> None:
+    rng = Random(path.name)
+    header = {"mood": "id\tsentence\tlabel"}.get(task, "id\tsentence1\tsentence2\tlabel")
+    lines = [header]
+    for row in range(rows):
+        texts = [sentence(rng)] if task == "mood" else [sentence(rng), sentence(rng)]
+        label = {"mood": rng.randrange(3), "same": rng.randrange(2), "near": round(5 * rng.random(), 1)}[task]
+        lines.append("\t".join([f"{task}{row}", *texts, str(label)]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The path of the experiment's YAML file; everything it names lies beside it."""
+    for task, rows in (("mood", 40), ("same", 70), ("near", 7)):
+        write_rows(tmp_path / f"{task}-train.tsv", task, rows)
+        write_rows(tmp_path / f"{task}-dev.tsv", task, 5)
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(EXPERIMENT.format(folder=tmp_path))
+    return config

@@ -1,0 +1,178 @@
+"""An experiment's YAML: names, choices that depend on each other, and the data that it leads to.
+
+python -m pytest tests/test_experiment.py
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tokenizers import Tokenizer
+
+from mtl_dist.config import UserError, dump, load, schema
+from mtl_dist.experiment import Experiment
+from mtl_dist.tokenizer import load_tokenizer
+
+CS224N = Path(__file__).parents[1] / "configs" / "cs224n.yaml"
+BASE = """
+output_dir: runs/x
+encoder: {shape: {max_position_embeddings: 16}, tokenizer: words}
+tasks:
+  mine:
+    train: x.tsv
+    columns: {sentences: [text], label: y}
+    label: {kind: binary}
+    bad_rows: skip
+"""
+
+Read = Callable[..., Experiment]
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(BASE)
+    return lambda *overrides: load(Experiment, Path("x.yaml"), [f"cache_dir={tmp_path}/cache", *overrides])
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb")
+    return load_tokenizer(str(tmp_path))
+
+
+def complaint(action: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        action()
+    return str(caught.value)
+
+
+# The config
+
+
+def test_dump_then_load_is_the_same_experiment(read: Read) -> None:
+    for config in (read("data_dir=~/data", "optim.lr=1e-3", "steps=3"), load(Experiment, CS224N)):
+        Path("dumped.yaml").write_text(dump(config))
+        assert load(Experiment, Path("dumped.yaml")) == config
+
+
+@pytest.mark.parametrize("name", ["a", "SST-5", "my_task2"])
+def test_a_name_for_a_task(read: Read, name: str) -> None:
+    task = yaml.safe_load(BASE)["tasks"]["mine"]
+    assert list(read(f"tasks={json.dumps({name: task})}").tasks) == [name]
+
+
+@pytest.mark.parametrize("name", ["../x", "a.b", "1a", "", "a b", "ä", "a\n"])
+def test_no_name_for_a_task(read: Read, name: str) -> None:
+    message = complaint(lambda: read(f"tasks={json.dumps({name: {'preset': 'sst'}})}"))
+    assert message.endswith(": a task's name is a letter followed by letters, digits, '_' or '-'")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["keys", "forward", "training", "T_destination"])
+def test_a_name_that_modules_need_themselves(read: Read, name: str) -> None:
+    message = complaint(lambda: read(f"tasks={{{name}: {{preset: sst}}}}"))
+    assert message.endswith(f"tasks.{name}: '{name}' has a meaning of its own here; choose another name for the task")
+    assert len(message.splitlines()) == 1
+
+
+def test_the_best_model_needs_a_score(read: Read) -> None:
+    assert read("evaluate.best_by=mine", "tasks.mine.dev=x.tsv").evaluate.best_by == "mine"
+    assert read("evaluate.best_by=overall_b").evaluate.best_by == "overall_b"
+    for choice in ("mine", "sst"):  # one has no dev set, one is not there
+        assert complaint(lambda choice=choice: read(f"evaluate.best_by={choice}")) == (  # type: ignore[misc]
+            f"x.yaml:2: evaluate.best_by is '{choice}', none of overall_a, overall_b"
+        )
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("tasks={}", "tasks is {}; must have at least 1 item after validation, not 0"),
+        ("epochs=0", "epochs is 0; must be greater than 0"),
+        ("epochs=.inf", "epochs is Infinity; must be a finite number"),
+        ("gradients.accumulation=0", "gradients.accumulation is 0; must be greater than 0"),
+        ("mixer.kind=join", "mixer.kind is 'join'; did you mean 'joint'?"),
+        ("precision=bf-16", "precision is 'bf-16'; did you mean 'bf16'?"),
+        ("output_dir=~no-such-user/x", "output_dir: ~no-such-user/x starts in the home of an unknown user"),
+    ],
+)
+def test_a_wrong_value_is_one_line(read: Read, override: str, problem: str) -> None:
+    assert complaint(lambda: read(override)) == f"override '{override}': {problem}"
+
+
+def test_the_run_folder_may_be_at_home(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert read("output_dir=~/runs/x").output_dir == Path("/home/me/runs/x")
+
+
+def test_the_schema_accepts_what_a_preset_leaves_out() -> None:
+    document = json.loads(json.dumps(schema(Experiment)))
+    config = yaml.safe_load(CS224N.read_text())
+    assert set(document["required"]) <= set(config) <= set(document["properties"])
+    task_schema = document["$defs"]["TaskConfig"]
+    assert "required" not in task_schema
+    for task in config["tasks"].values():
+        assert set(task) <= set(task_schema["properties"])
+        assert any(set(choice["required"]) <= set(task) for choice in task_schema["anyOf"])
+    assert {"required": ["train", "columns", "label"]} in task_schema["anyOf"]
+
+
+# The data
+
+
+def write_rows(path: str, labels: list[Any]) -> None:
+    Path(path).write_text("text\ty\n" + "".join(f"a b\t{label}\n" for label in labels))
+
+
+@pytest.mark.parametrize("path", ["x.tsv", "sub/../x.tsv", "{here}/x.tsv", "~/x.tsv"])
+def test_where_the_rows_are(read: Read, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    Path("data/sub").mkdir(parents=True)
+    absolute = path != "x.tsv" and "sub" not in path
+    write_rows("x.tsv" if absolute else "data/x.tsv", [0, 1, 1])
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    config = read("data_dir=~/data", f"tasks.mine.train={path.format(here=Path.cwd())}")
+    split = config.open_split("mine", "train", tokenizer)
+    assert split is not None
+    assert [split.label(row) for row in range(len(split))] == [0.0, 1.0, 1.0]
+    assert config.open_split("mine", "dev", tokenizer) is None
+
+
+def test_inputs_are_as_long_as_the_encoder_allows(read: Read, tokenizer: Tokenizer) -> None:
+    Path("x.tsv").write_text(f"text\ty\n{'a ' * 99}\t1\n")
+    for overrides, length in (((), 16), (("tasks.mine.max_length=9",), 9)):
+        split = read(*overrides).open_split("mine", "train", tokenizer)
+        assert split is not None
+        assert (split.length(0), split.num_truncated) == (length, 1)
+    config = read("tasks.mine.max_length=17")
+    assert complaint(lambda: config.open_split("mine", "train", tokenizer)) == (
+        "tasks.mine.max_length is 17, the encoder has only 16 positions"
+    )
+
+
+def test_bad_rows_are_refused_or_skipped(read: Read, tokenizer: Tokenizer) -> None:
+    write_rows("x.tsv", [0, 2, 1, 3, 4, 5, 6, 7, 8])
+    skipping = read().open_split("mine", "train", tokenizer)
+    assert skipping is not None
+    assert (len(skipping), skipping.num_rejected) == (2, 7)
+    strict = read("tasks.mine.bad_rows=error")
+    for _ in range(2):  # the second time from the cache
+        assert complaint(lambda: strict.open_split("mine", "train", tokenizer)).splitlines() == [
+            "x.tsv:3: y is 2, none of the classes 0 to 1 (task 'mine')",
+            "x.tsv:5: y is 3, none of the classes 0 to 1 (task 'mine')",
+            "x.tsv:6: y is 4, none of the classes 0 to 1 (task 'mine')",
+            "x.tsv:7: y is 5, none of the classes 0 to 1 (task 'mine')",
+            "x.tsv:8: y is 6, none of the classes 0 to 1 (task 'mine')",
+            "... and 2 more such rows; bad_rows: skip trains without them",
+        ]
+
+
+@pytest.mark.parametrize(("labels", "hint"), [([], ""), ([2, 3], "; bad_rows: error tells why")])
+def test_a_task_needs_a_row(read: Read, tokenizer: Tokenizer, labels: list[int], hint: str) -> None:
+    write_rows("x.tsv", labels)
+    assert complaint(lambda: read().open_split("mine", "train", tokenizer)) == (
+        f"x.tsv: no usable row for task 'mine'{hint}"
+    )

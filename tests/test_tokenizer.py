@@ -1,0 +1,222 @@
+"""The same tokens as transformers, whatever the checkpoint's tokenizer file asks for, and cut off as it would.
+
+python -m pytest tests/test_tokenizer.py
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import BertTokenizerFast
+
+from mtl_dist.config import UserError
+from mtl_dist.tokenizer import checkpoint_folder, encode, encode_in_worker, load_tokenizer, read_json, start_worker
+
+SHARED = Path(os.environ.get("MTL_DIST_SHARED", Path(__file__).parents[2] / "shared"))
+MINILM = SHARED / "models" / "minilm-l6"
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "mat",
+    "##s",
+    "##ting",
+    ",",
+    "!",
+    "a",
+    "b",
+]
+WORDS += ["cafe", "café", "Café", "猫"]
+TEXTS = [
+    "The cat, the CAFÉ!",
+    "Café cafés",
+    "the 猫猫 sat",
+    "unknown sitting cats",
+    "",
+    " \x00\ufffd ",
+    "a [SEP] b [MASK]",
+]
+
+
+def vocab_folder(folder: Path, **config: Any) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(folder)
+
+
+def reference(**config: Any) -> BertTokenizerFast:
+    return BertTokenizerFast({word: number for number, word in enumerate(WORDS)}, **config)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(vocab_folder(tmp_path_factory.mktemp("words")))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False},
+    ],
+)
+def test_a_vocabulary_file_gives_transformers_tokens(tmp_path: Path, config: dict[str, Any]) -> None:
+    theirs = reference(**config)
+    theirs.save_pretrained(tmp_path / "json")
+    from_vocab = load_tokenizer(vocab_folder(tmp_path / "txt", **config))
+    from_json = load_tokenizer(str(tmp_path / "json"))
+    for text in TEXTS:
+        assert from_vocab.encode(text).ids == from_json.encode(text).ids == theirs(text)["input_ids"]
+    assert from_vocab.get_vocab() == from_json.get_vocab() == theirs.get_vocab()
+
+
+def test_padding_and_truncation_of_the_file_are_ignored(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.enable_padding(length=16)
+    other.enable_truncation(4)
+    other.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).to_str() == tokenizer.to_str()
+
+
+@pytest.mark.skipif(not MINILM.is_dir(), reason=f"no pre-trained encoder in {MINILM}")
+def test_a_real_checkpoints_tokens_are_transformers(tmp_path: Path) -> None:
+    ours, theirs = load_tokenizer(str(MINILM)), BertTokenizerFast.from_pretrained(MINILM)
+    (tmp_path / "vocab.txt").write_bytes((MINILM / "vocab.txt").read_bytes())
+    text = (
+        "Naïve cafés don't unbelievably cost $5,000 in 東京!  " * 20
+    )  # more than the 128 tokens that the file pads to
+    for each in ("short", text):
+        expected = theirs(each, padding=False, truncation=False)["input_ids"]
+        assert ours.encode(each).ids == load_tokenizer(str(tmp_path)).encode(each).ids == expected
+
+
+sentences = st.lists(st.sampled_from(["a", "b", "cats", "unknown"]), max_size=12).map(" ".join)
+
+
+@given(pairs=st.lists(st.tuples(sentences, sentences), min_size=1, max_size=4), max_length=st.integers(5, 16))
+@settings(max_examples=60, deadline=None)
+def test_inputs_are_cut_as_transformers_cuts_them(
+    tokenizer: Tokenizer, pairs: list[tuple[str, str]], max_length: int
+) -> None:
+    theirs, before = reference(), tokenizer.to_str()
+    joint = encode(tokenizer, pairs, max_length, joint=True)
+    apart = encode(tokenizer, pairs, max_length, joint=False)
+    assert tokenizer.to_str() == before  # as it was found
+
+    for i, pair in enumerate(pairs):
+        expected = theirs([pair], truncation=True, max_length=max_length)
+        assert [row.tolist() for row in joint.inputs[i]] == expected["input_ids"]
+        assert joint.second_from[i] == expected["token_type_ids"][0].index(1)
+        alone = [theirs(text, truncation=True, max_length=max_length)["input_ids"] for text in pair]
+        assert [row.tolist() for row in apart.inputs[i]] == alone
+
+    def too_long(texts: list[Any]) -> int:
+        return sum(len(ids) > max_length for ids in theirs(texts)["input_ids"])
+
+    assert joint.truncated == too_long(pairs)
+    assert apart.truncated == too_long([text for pair in pairs for text in pair])
+
+
+def test_single_sentences(tokenizer: Tokenizer) -> None:
+    encoded = encode(tokenizer, [("the cat sat",), ("the",)], max_length=4, joint=False)
+    # [CLS] the cat [SEP]; the special tokens count.
+    assert [[row.tolist() for row in inputs] for inputs in encoded.inputs] == [[[2, 5, 6, 3]], [[2, 5, 3]]]
+    assert (encoded.second_from, encoded.truncated) == ([4, 3], 1)
+    assert encoded.inputs[0][0].dtype == "int32"
+
+
+def test_a_pair_of_books_is_cut_in_moments(tokenizer: Tokenizer) -> None:
+    book = "the cat sat on the mat " * 3000
+    encoded = encode(tokenizer, [(book, book)], max_length=16, joint=True)
+    assert (len(encoded.inputs[0][0]), encoded.second_from, encoded.truncated) == (16, [8], 1)
+
+
+@pytest.mark.parametrize(("joint", "least"), [(False, 3), (True, 5)])
+def test_a_max_length_without_room_for_words_is_refused(tokenizer: Tokenizer, joint: bool, least: int) -> None:
+    example = ("the cat",) * (1 + joint)
+    assert len(encode(tokenizer, [example], least, joint).inputs[0][0]) == least
+    with pytest.raises(UserError) as caught:
+        encode(tokenizer, [example], least - 1, joint)
+    assert str(caught.value) == f"max_length is {least - 1}, less than the {least} tokens of the shortest input"
+
+
+def test_a_failed_call_leaves_the_tokenizer_as_it_was(tokenizer: Tokenizer) -> None:
+    before = tokenizer.to_str()
+    with pytest.raises(TypeError):
+        encode(tokenizer, [("the", None)], 8, joint=True)  # type: ignore[list-item]
+    assert tokenizer.to_str() == before
+
+
+def test_a_worker_encodes_the_same(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    start_worker(tokenizer.to_str())
+    examples = [("the cat", "sat on the mat !"), ("a", "b")]
+    here, there = encode(tokenizer, examples, 8, True), encode_in_worker(examples, 8, True)
+    assert [row.tolist() for (row,) in here.inputs] == [row.tolist() for (row,) in there.inputs]
+    assert (here.second_from, here.truncated) == (there.second_from, there.truncated)
+
+
+BROKEN = {
+    "nothing": ({}, "no tokenizer.json and no vocab.txt; name a tokenizer with encoder.tokenizer"),
+    "not a tokenizer": ({"tokenizer.json": "{}"}, "the tokenizer cannot be read"),
+    "not JSON": ({"tokenizer.json": "{"}, "the tokenizer cannot be read"),
+    "no [SEP]": ({"vocab.txt": "[CLS]\nthe\n"}, "the tokenizer cannot be read"),
+    "config not JSON": ({"vocab.txt": "[SEP]\n", "tokenizer_config.json": "{"}, "cannot be read as JSON"),
+    "config no object": ({"vocab.txt": "[SEP]\n", "tokenizer_config.json": "[]"}, "holds no JSON object"),
+    "not UTF-8": ({"vocab.txt": "[SEP]\n", "tokenizer_config.json": "\udcff"}, "cannot be read as JSON"),
+}
+
+
+@pytest.mark.parametrize(("files", "reason"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_tokenizer_is_a_users_error(tmp_path: Path, files: dict[str, str], reason: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(caught.value).startswith(str(tmp_path)) and reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("processor", ["none", "roberta"])
+def test_other_models_tokenizers_are_refused(tmp_path: Path, tokenizer: Tokenizer, processor: str) -> None:
+    fields = json.loads(tokenizer.to_str())
+    roberta = {"type": "RobertaProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]}
+    fields["post_processor"] = {"none": None, "roberta": roberta | {"trim_offsets": True, "add_prefix_space": False}}[
+        processor
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="is it a BERT tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["nobody/has-this-model", "no/such/folder/here", "~/no such folder"])
+def test_a_checkpoint_that_is_nowhere(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as caught:
+        checkpoint_folder(source)
+    assert str(caught.value).startswith(f"{source}: no such folder here, and the hub did not give it (")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "bert").mkdir()
+    assert checkpoint_folder("~/bert") == tmp_path / "bert"
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_json(tmp_path / "bert" / "config.json")

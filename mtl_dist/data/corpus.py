@@ -154,8 +154,8 @@ def _draw_paraphrase(rng: Random) -> Row:
 
 def _draw_similarity(rng: Random) -> Row:
     scene = _draw_scene(rng)
-    other = _swap(scene, rng) if rng.random() < 0.5 else scene
-    how_different = rng.random()
+    other = _swap(scene, rng) if rng.random() < 0.6 else scene
+    how_different = rng.random() ** 2  # mostly little, so that the swaps tell
     for slot in SLOTS:
         if rng.random() < how_different:
             other = _reword(other, slot, rng)

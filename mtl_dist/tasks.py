@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_valida
 from mtl_dist.config import Config
 from mtl_dist.data.read import BadRow, File, Row, Source
 from mtl_dist.model.heads import Cosine, Head, Pooling, ProjectedCosine
-from mtl_dist.objectives import DEFAULT_LOSS, Label, Loss, Regression
+from mtl_dist.objectives import DEFAULT_LOSS, CosineEmbedding, Label, Loss, Regression
 
 SplitName = Literal["train", "dev", "test"]
 Metric = Literal["accuracy", "macro_f1", "pearson", "spearman"]
@@ -120,6 +120,10 @@ class TaskConfig(Config):
             raise ValueError(f"loss {loss} needs {self.loss.outputs(self.label)} outputs, head {head} has one")
         if self.loss.cosine_only and not (isinstance(self.head, Cosine | ProjectedCosine) and self.head.scale is None):
             raise ValueError(f"loss {loss} needs the head cosine or projected_cosine, without a scale of its own")
+        if isinstance(self.loss, CosineEmbedding) and isinstance(self.label, Regression):
+            start = self.loss.alike_from
+            if start is not None and not self.label.min < start <= self.label.max:
+                raise ValueError(f"loss.alike_from is {start:g}: no label, or every one, is as large as that")
         if (self.metric in ("pearson", "spearman")) != isinstance(self.label, Regression):
             raise ValueError(f"metric {self.metric} does not fit a {label} label")
         return self

@@ -17,14 +17,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 
 from mtl_dist.config import UserError
 
-CHECKPOINT_FILES = [
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model.bin",
-    "tokenizer*.json",
-    "vocab.txt",
-]
+CHECKPOINT_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "vocab.txt"]
 
 
 def checkpoint_folder(source: str) -> Path:
@@ -35,7 +28,10 @@ def checkpoint_folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=CHECKPOINT_FILES))
+        folder = Path(snapshot_download(source, allow_patterns=CHECKPOINT_FILES))
+        if not any(folder.glob("*.safetensors")):  # an old checkpoint; most have both, and one is enough to fetch
+            folder = Path(snapshot_download(source, allow_patterns="pytorch_model.bin"))
+        return folder
     except Exception as error:  # wrong names, no connection, no permission: each has its own class
         raise UserError(
             f"{source}: no such folder here, and the hub did not give it ({type(error).__name__}); "

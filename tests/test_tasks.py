@@ -131,6 +131,10 @@ def test_dump_then_load_is_the_same_task(read: Read, tmp_path: Path, task: str) 
 @pytest.mark.parametrize(
     ("task", "problem"),
     [
+        (
+            "preset: sts, head: {kind: cosine}, loss: {kind: cosine_embedding, alike_from: 6}",
+            "loss.alike_from is 6: no label, or every one, is as large as that",
+        ),
         ("preset: sst, head: {kind: sbert}", "head sbert reads 2 sentence(s), columns.sentences names 1"),
         ("preset: sts, head: {kind: mlp}", "head mlp reads 1 sentence(s), columns.sentences names 2"),
         ("preset: sst, loss: {kind: bce}", "loss bce does not fit a classification label; it fits binary"),

@@ -5,9 +5,11 @@ python -m pytest tests/test_tokenizer.py
 
 import json
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -220,3 +222,21 @@ def test_a_folder_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert checkpoint_folder("~/bert") == tmp_path / "bert"
     with pytest.raises(UserError, match="cannot be read as JSON"):
         read_json(tmp_path / "bert" / "config.json")
+
+
+@pytest.mark.parametrize(("has", "asked"), [("model.safetensors", 1), ("pytorch_model.bin", 2)])
+def test_the_hub_is_asked_for_one_kind_of_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: str, asked: int
+) -> None:
+    calls: list[list[str] | str] = []
+
+    def snapshot_download(source: str, allow_patterns: list[str] | str) -> str:
+        calls.append(allow_patterns)
+        if any(fnmatch(has, pattern) for pattern in np.atleast_1d(allow_patterns)):
+            (tmp_path / has).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert checkpoint_folder("somebody/bert") == tmp_path
+    assert (tmp_path / has).exists()
+    assert len(calls) == asked

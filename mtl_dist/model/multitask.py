@@ -27,6 +27,9 @@ class MultiTaskModel(nn.Module):
 
     def __init__(self, encoder: Encoder, tasks: Mapping[str, TaskConfig]) -> None:
         super().__init__()
+        for name, task in tasks.items():
+            if task.head.joint and encoder.shape.type_vocab_size < 2:
+                raise UserError(f"tasks.{name}: a cross_encoder needs an encoder with two segments (type_vocab_size)")
         self.encoder = encoder
         self.pooling = {name: task.pooling for name, task in tasks.items()}
         self.heads = nn.ModuleDict(

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mtl_dist.config import UserError
-from mtl_dist.model.encoder import pack
+from mtl_dist.model.encoder import Encoder, Shape, pack
 from mtl_dist.model.multitask import MultiTaskModel, load_model, save_model
 from mtl_dist.model.weights import EncoderConfig, build_encoder
 from mtl_dist.tasks import TaskConfig
@@ -190,3 +190,9 @@ def test_half_a_file_is_a_users_error(tmp_path: Path, tokenizer: Tokenizer) -> N
     with pytest.raises(UserError) as caught:
         load_model(tmp_path / "best", TASKS)
     assert str(caught.value).startswith(f"{path}: cannot be read: ") and "\n" not in str(caught.value)
+
+
+def test_joint_inputs_need_two_segments() -> None:
+    one_segment = Encoder(Shape(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, type_vocab_size=1), 99)
+    with pytest.raises(UserError, match="a cross_encoder needs an encoder with two segments"):
+        MultiTaskModel(one_segment, {"pair": task({"kind": "binary"}, {"kind": "cross_encoder"})})

@@ -4,11 +4,11 @@ A step draws its tasks, runs forward and backward on each one's micro-batches, c
 order: report, evaluate, keep the best.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import count, takewhile
 
 import torch
 from accelerate import Accelerator
@@ -60,7 +60,6 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
     sizes = {name: task.batch_size for name, task in config.tasks.items()}
     batches = TrainBatches(splits["train"], sizes, config.seed, rank, world)
     total_steps = config.steps or config.mixer.steps(rows, sizes, config.epochs)
-    evaluate_after = evaluation_steps(config, rows, sizes, total_steps)
 
     console.print(data_table(splits))
     parameters = sum(p.numel() for p in model.parameters())
@@ -99,7 +98,7 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
                 screen.steps(report)
                 if recorder:
                     recorder.record(done, "train", report.as_record())
-            if done in evaluate_after:
+            if evaluation_is_due(config, rows, sizes, done, total_steps):
                 with meter.paused():
                     scores = score_all(accelerator, model, config.tasks, splits["dev"], config.evaluate.max_tokens)
                     screen.scores(done, main_scores(config.tasks, scores), scores)
@@ -159,12 +158,16 @@ def start_run_folder(config: Experiment, splits: Splits, overwrite: bool) -> str
     return None
 
 
-def evaluation_steps(config: Experiment, rows: dict[str, int], sizes: dict[str, int], total_steps: int) -> set[int]:
-    """After how many steps the dev sets are scored: at intervals or after each epoch, and at the end."""
+def evaluation_is_due(
+    config: Experiment, rows: dict[str, int], sizes: dict[str, int], done: int, total_steps: int
+) -> bool:
+    """Whether the dev sets are scored after `done` steps: at intervals, or whenever an epoch ends, and at the end."""
+    if done == total_steps:
+        return True
     if config.evaluate.every_steps is not None:
-        return {*range(config.evaluate.every_steps, total_steps, config.evaluate.every_steps), total_steps}
-    ends = takewhile(lambda end: end < total_steps, (config.mixer.steps(rows, sizes, epoch) for epoch in count(1)))
-    return {*ends, total_steps}
+        return done % config.evaluate.every_steps == 0
+    before, after = (math.floor(config.mixer.epochs(rows, sizes, steps)) for steps in (done - 1, done))
+    return after > before
 
 
 def data_table(splits: Splits) -> Table:

@@ -18,7 +18,7 @@ from mtl_dist.evaluate import evaluate_run
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import load_model
 from mtl_dist.telemetry import TENSORBOARD
-from mtl_dist.train import evaluation_steps, train
+from mtl_dist.train import evaluation_is_due, train
 from tests.distributed import on_ranks
 
 NO_DROPOUT = [
@@ -209,12 +209,13 @@ def test_rejected_rows_are_listed_in_the_run_folder(tiny: Path) -> None:
 def test_evaluation_comes_after_each_epoch_and_at_the_end(tiny: Path) -> None:
     rows, sizes = {"a": 100, "b": 10}, {"a": 8, "b": 8}
 
-    def steps(total: int, *overrides: str) -> set[int]:
-        return evaluation_steps(load(Experiment, tiny, overrides), rows, sizes, total)
+    def due(total: int, *overrides: str) -> list[int]:
+        config = load(Experiment, tiny, overrides)
+        return [done for done in range(1, total + 1) if evaluation_is_due(config, rows, sizes, done, total)]
 
-    assert steps(30) == {13, 25, 30}  # 100 rows in batches of 8: 12.5 steps
-    assert steps(10) == {10}
-    assert steps(10, "evaluate.every_steps=4") == {4, 8, 10}
+    assert due(30) == [13, 25, 30]  # 100 rows in batches of 8: 12.5 steps
+    assert due(10) == [10]
+    assert due(10, "evaluate.every_steps=4") == [4, 8, 10]
 
 
 def test_no_dev_set_keeps_the_last_model(tiny: Path) -> None:

@@ -24,5 +24,9 @@ class Joint(Config):
         """How many steps some epochs take."""
         return max(math.ceil(epochs * rows[task] / batch_sizes[task]) for task in rows)
 
+    def epochs(self, rows: Mapping[str, int], batch_sizes: Mapping[str, int], steps: int) -> float:
+        """How many epochs some steps make."""
+        return min(steps * batch_sizes[task] / rows[task] for task in rows)
+
 
 Mixer = Joint

@@ -7,13 +7,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtl_dist.config import UserError, load, schema
-
-CONFIG_FILE = "config.yaml"  # of a run folder
+from mtl_dist.config import CONFIG_FILE, UserError, load, schema
 
 if TYPE_CHECKING:
     from mtl_dist.experiment import Experiment
@@ -36,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("file", metavar="FILE", type=Path, help="rows with the task's sentences, labelled or not")
     sub.add_argument("--task", required=True)
     sub.add_argument("--out", type=Path, required=True, help="where to write: .jsonl, else `id, Predicted_Label`")
+    overrides(sub)
     sub.add_argument("--format", choices=("csv", "tsv", "jsonl", "parquet"), help="by default as the task's own files")
 
     config(command("prepare", _prepare, "check and tokenise an experiment's data, so that training starts at once"))
@@ -127,10 +129,17 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from mtl_dist.data.read import place
     from mtl_dist.evaluate import predict_file
 
-    config = _experiment(arguments.run_folder / CONFIG_FILE, [])
-    predict_file(config, arguments.run_folder, arguments.task, arguments.file, arguments.format, arguments.out)
+    config = _experiment(arguments.run_folder / CONFIG_FILE, arguments.overrides)
+    file, out = arguments.file, arguments.out
+    split = predict_file(config, arguments.run_folder, arguments.task, file, arguments.format, out)
+    if _is_first_rank():
+        print(f"{out}: {len(split):,} predictions")
+        for bad in split.rejected()[:1]:
+            first = f"{place(split.source, bad.line)}: {bad.message}"
+            print(f"{split.num_rejected:,} rows have no prediction, the first is {first}", file=sys.stderr)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -146,19 +155,40 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _validate(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
     from mtl_dist.data.prepare import count_rows
+    from mtl_dist.data.read import File
+    from mtl_dist.tokenizer import load_tokenizer
 
-    counts = {
-        f"{name} {split}": count_rows(name, task, source)
-        for name, task in config.tasks.items()
-        for split in ("train", "dev")
-        if (source := config.source(name, split)) is not None
-    }
+    counts: dict[str, dict[str, int]] = {}
+    problems: list[str] = []
+    with _noting(problems):
+        load_tokenizer(config.encoder.tokenizer_source)
+    for name, task in config.tasks.items():
+        with _noting(problems):
+            config.max_length(name)
+        for split in ("train", "dev", "test"):
+            source = config.source(name, split)
+            if split == "test" and isinstance(source, File) and not source.path.exists():
+                print(f"{name} test: {source.path} is not there; training does without it", file=sys.stderr)
+            elif source is not None:
+                with _noting(problems):
+                    # Test files often have no labels.
+                    counts[f"{name} {split}"] = count_rows(name, task, source, labelled=split != "test")
+    if problems:
+        raise UserError("\n".join(problems))
     if arguments.json:
         print(json.dumps({"config": str(arguments.config), "rows": counts}, indent=2))
     else:
         for name, numbers in counts.items():
             print(f"{name}: {numbers['usable']:,} rows, {numbers['rejected']:,} skipped")
         print(f"{arguments.config} is valid")
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
 
 
 def _schema(arguments: argparse.Namespace) -> None:

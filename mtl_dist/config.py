@@ -18,6 +18,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema
 
+CONFIG_FILE = "config.yaml"  # of a run folder, with every default filled in
+
 Keys = tuple[str | int, ...]  # ("tasks", "sst", "files", 0)
 
 
@@ -36,7 +38,7 @@ class Config(BaseModel):
     """Base of every config: no unknown fields, no changes once read, no "5" or true where a number is due."""
 
     # Fields named model_* are ours, not pydantic's.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -45,6 +47,8 @@ class Config(BaseModel):
 
 
 def _home_expanded(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("a path cannot hold a NUL character")
     try:
         return path.expanduser()
     except RuntimeError:

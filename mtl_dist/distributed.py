@@ -20,7 +20,7 @@ from accelerate.utils import (
     gather_object,
     str_to_bool,
 )
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from mtl_dist.config import Config, UserError
 
@@ -33,7 +33,7 @@ class DistributedConfig(Config):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one, unless the launcher says CPU
     processes: PositiveInt | None = None  # refuses to start on any other number
-    timeout_s: PositiveFloat = 1800  # how long a process waits for the others before it gives up
+    timeout_s: float = Field(1800, gt=0, le=1e9)  # how long a process waits for the others before it gives up
 
 
 @contextmanager
@@ -58,6 +58,8 @@ def start(config: DistributedConfig, precision: Precision | None) -> Accelerator
     cpu = config.device == "cpu" or (config.device == "auto" and _launcher_says("ACCELERATE_USE_CPU"))
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("distributed.device is 'cuda', but torch finds no CUDA device here")
+    if config.device == "cuda" and _launcher_says("ACCELERATE_USE_CPU"):
+        raise UserError("distributed.device is 'cuda', but the launcher says use_cpu")
     cpu = cpu or not torch.cuda.is_available()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.processes not in (None, world):

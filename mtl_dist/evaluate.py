@@ -19,7 +19,7 @@ from mtl_dist.config import UserError
 from mtl_dist.data.batches import eval_batches
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import File, Format
-from mtl_dist.distributed import first_then_others, processes
+from mtl_dist.distributed import agree, first_then_others, processes
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import BEST, MultiTaskModel, load_model
 from mtl_dist.objectives import Classification, Regression
@@ -116,8 +116,10 @@ def write_predictions(path: Path, task: TaskConfig, split: Split, predictions: N
 @contextmanager
 def best_of(config: Experiment, folder: Path) -> Iterator[tuple[Accelerator, MultiTaskModel, Tokenizer]]:
     """A run's best model, ready to predict on all processes."""
-    with processes(config.distributed, config.precision) as accelerator:
-        model, tokenizer = load_model(folder / BEST, config.tasks)
+    # How many processes there must be was said of the training.
+    wanted = config.distributed.model_copy(update={"processes": None})
+    with processes(wanted, config.precision) as accelerator:
+        model, tokenizer = first_then_others(accelerator, lambda: load_model(folder / BEST, config.tasks))
         yield accelerator, accelerator.prepare_model(model, evaluation_mode=True), tokenizer
 
 
@@ -133,8 +135,10 @@ def evaluate_run(config: Experiment, folder: Path, split_name: SplitName) -> Sco
         return score_all(accelerator, model, config.tasks, splits, config.evaluate.max_tokens)
 
 
-def predict_file(config: Experiment, folder: Path, name: str, path: Path, format: Format | None, out: Path) -> None:
-    """Writes a task's predictions for the rows of a file; its labels, if it has any, are not looked at."""
+def predict_file(config: Experiment, folder: Path, name: str, path: Path, format: Format | None, out: Path) -> Split:
+    """Writes a task's predictions for the rows of a file, whose labels are not looked at; returns what was read."""
+    if out.resolve() == path.resolve():
+        raise UserError(f"--out is {out}, the file to read; choose another")
     if name not in config.tasks:
         raise UserError(f"{folder} has no task '{name}'; it has {', '.join(config.tasks)}")
     task = config.tasks[name]
@@ -144,5 +148,11 @@ def predict_file(config: Experiment, folder: Path, name: str, path: Path, format
     with best_of(config, folder) as (accelerator, model, tokenizer):
         split = first_then_others(accelerator, lambda: config.open_source(name, source, tokenizer, labelled=False))
         predictions = predict(accelerator, model, name, task, split, config.evaluate.max_tokens)
+        error = None
         if accelerator.is_main_process:
-            write_predictions(out, task, split, predictions)
+            try:
+                write_predictions(out, task, split, predictions)
+            except OSError as failed:
+                error = f"cannot write {out}: {failed.strerror}"
+        agree(accelerator, error)
+        return split

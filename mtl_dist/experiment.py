@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -62,8 +62,8 @@ class Experiment(Config):
     cache_dir: UserPath = Field(
         Path("~/.cache/mtl_dist"), validate_default=True
     )  # tokenised data; shared by all runs, safe to delete
-    seed: NonNegativeInt = 0
-    epochs: PositiveFloat = Field(1.0, allow_inf_nan=False)  # as the mixer counts them
+    seed: int = Field(0, ge=0, lt=2**63)
+    epochs: float = Field(1.0, gt=0, le=1e6)  # as the mixer counts them
     steps: PositiveInt | None = None  # instead of epochs
     precision: Precision | None = None  # by default the launcher's, else fp32
     encoder: EncoderConfig
@@ -87,6 +87,13 @@ class Experiment(Config):
         """Where the rows of a task's split are."""
         return self.tasks[task].source(split, self.data_dir)
 
+    def max_length(self, task: str) -> int:
+        """How many tokens of a task's inputs the encoder reads."""
+        asked, limit = self.tasks[task].max_length, max_positions(self.encoder)
+        if asked is not None and asked > limit:
+            raise UserError(f"tasks.{task}.max_length is {asked}, the encoder has only {limit} positions")
+        return asked or limit
+
     def open_split(
         self,
         task: str,
@@ -107,11 +114,7 @@ class Experiment(Config):
         on_rows: Callable[[int], object] = lambda rows: None,
     ) -> Split:
         """The prepared rows of `source` as rows of a task; refuses bad rows unless the task skips them."""
-        config, limit = self.tasks[task], max_positions(self.encoder)
-        if config.max_length is not None and config.max_length > limit:
-            raise UserError(f"tasks.{task}.max_length is {config.max_length}, the encoder has only {limit} positions")
-        prepared = prepare(
-            config, source, tokenizer, config.max_length or limit, self.cache_dir, labelled=labelled, on_rows=on_rows
-        )
+        config, max_length = self.tasks[task], self.max_length(task)
+        prepared = prepare(config, source, tokenizer, max_length, self.cache_dir, labelled=labelled, on_rows=on_rows)
         refuse_unusable(task, config, source, len(prepared), prepared.rejected())
         return prepared

@@ -5,7 +5,6 @@ A head gives raw outputs; the loss alone knows what they mean, so it also turns 
 
 # Shape suffixes: N = examples, O = outputs of the head (the number of classes or bins, else 1).
 
-import math
 import reprlib
 from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
@@ -78,8 +77,8 @@ class Regression(LabelConfig):
 
     @model_validator(mode="after")
     def _is_a_range(self) -> "Regression":
-        if not -math.inf < self.min < self.max < math.inf:
-            raise ValueError(f"is an empty or endless range: min {self.min:g}, max {self.max:g}")
+        if not self.min < self.max:
+            raise ValueError(f"is an empty range: min {self.min:g}, max {self.max:g}")
         return self
 
     @property
@@ -110,7 +109,7 @@ def _number(value: object) -> float:
 def _class_number(value: object, classes: int) -> float:
     number = _number(value)
     # '1.0' is how pandas writes a whole number; 1.5 is no class.
-    if number not in range(classes):
+    if not (number.is_integer() and 0 <= number < classes):
         raise ValueError(f"is {str(value).strip()}, none of the classes 0 to {classes - 1}")
     return number
 

@@ -5,6 +5,7 @@ written beside it wins.
 """
 
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +84,7 @@ class TaskConfig(Config):
     head: Head = FILLED_IN  # by default linear, for pairs sbert
     loss: Loss = FILLED_IN  # by default cross_entropy, bce or mse, as the label is
     dropout: float = Field(0.1, ge=0, lt=1)  # on the pooled vectors
-    weight: PositiveFloat = Field(1.0, allow_inf_nan=False)  # of the task's mean loss in the sum
+    weight: PositiveFloat = 1.0  # of the task's mean loss in the sum
     batch_size: PositiveInt = 32  # rows per optimizer step, over all processes
     metric: Metric = FILLED_IN  # what the overall scores count; by default accuracy or pearson
 
@@ -146,7 +147,7 @@ class TaskConfig(Config):
         for column in self.columns.sentences:
             text = row.fields[column]
             if not isinstance(text, str):
-                return BadRow(row.line, f"{column} is {text!r}, not a text")
+                return BadRow(row.line, f"{column} is {reprlib.repr(text)}, not a text")
             if not text.strip():
                 return BadRow(row.line, f"{column} is blank")
             texts.append(text)
@@ -161,8 +162,8 @@ class TaskConfig(Config):
 
 
 def _overlay(below: Any, above: Any) -> Any:
-    """`above` laid over `below`; a mapping of another `kind` replaces the one below it whole."""
-    if not isinstance(below, dict) or not isinstance(above, dict):
+    """`above` laid over `below`; a file, or a mapping of another `kind`, replaces what is below it whole."""
+    if not isinstance(below, dict) or not isinstance(above, dict) or "path" in above:
         return above
     if above.get("kind", below.get("kind")) != below.get("kind"):
         return above

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from mtl_dist.metrics import OVERALL
 
-TENSORBOARD = "tensorboard"  # in the run folder
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"  # in the run folder
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Recorder:
     """Writes records to metrics.jsonl and to TensorBoard."""
 
     def __init__(self, folder: Path, tensorboard: bool) -> None:
-        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.file = (folder / METRICS).open("a", encoding="utf-8")
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

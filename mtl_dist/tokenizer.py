@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mtl_dist.config import UserError
 CHECKPOINT_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "vocab.txt"]
 
 
+@cache
 def checkpoint_folder(source: str) -> Path:
     """The folder of a checkpoint; fetched from the hub, or found in its cache, when `source` is no folder here."""
     folder = Path(os.path.expanduser(source))  # noqa: PTH111  (of an unknown user: left as it is)
@@ -67,6 +69,7 @@ def load_tokenizer(source: str) -> Tokenizer:
             )._tokenizer
         else:
             raise UserError(f"{folder}: no tokenizer.json and no vocab.txt; name a tokenizer with encoder.tokenizer")
+        tokenizer.encode("\U0010fffd")  # fails where the vocabulary has no [UNK]
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises nothing more precise

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtl_dist.config import UserError, dump
+from mtl_dist.config import CONFIG_FILE, UserError, dump
 from mtl_dist.data.batches import Batch, TrainBatches
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import place
@@ -28,10 +28,12 @@ from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import BEST, MultiTaskModel, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
-from mtl_dist.telemetry import TENSORBOARD, Recorder, Screen, StepReport, counting, make_console, score_table
+from mtl_dist.telemetry import METRICS, TENSORBOARD, Recorder, Screen, StepReport, counting, make_console, score_table
 from mtl_dist.tokenizer import load_tokenizer
 
-CONFIG_FILE = "config.yaml"  # in the run folder, with every default filled in
+REJECTED = "rejected.tsv"
+# All that a run leaves in its folder.
+RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, TENSORBOARD, BEST, f".{BEST}.new", f".{BEST}.old"}
 
 Splits = dict[str, dict[str, Split]]  # by the name of the split, then by task
 
@@ -45,14 +47,10 @@ def train(config: Experiment, overwrite: bool = False) -> Scores:
 def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Scores:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     console = make_console(accelerator.is_main_process)
-    tokenizer = load_tokenizer(config.encoder.tokenizer_source)
+    tokenizer = first_then_others(accelerator, lambda: load_tokenizer(config.encoder.tokenizer_source))
     splits = first_then_others(accelerator, lambda: load_data(config, tokenizer, console))
+    model, optimizer = first_then_others(accelerator, lambda: build_model(config, tokenizer, device.type))
     agree(accelerator, start_run_folder(config, splits, overwrite) if accelerator.is_main_process else None)
-
-    torch.manual_seed(config.seed)
-    model = MultiTaskModel(build_encoder(config.encoder, tokenizer), config.tasks)
-    optimizer = build_optimizer(model.named_parameters(), config.optim, device.type)
-    check_every_task_trains(model)
     ddp_model, optimizer = accelerator.prepare(model, optimizer)
     model = accelerator.unwrap_model(ddp_model)
 
@@ -65,6 +63,8 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
     parameters = sum(p.numel() for p in model.parameters())
     console.print(f"{parameters:,} parameters, {total_steps:,} steps, {describe(accelerator)}", highlight=False)
     recorder = Recorder(config.output_dir, config.log.tensorboard) if accelerator.is_main_process else None
+    if recorder:
+        recorder.text("config", dump(config))
     meter = Meter(accelerator, sizes)
     best: Scores = {}
     with Screen(list(config.tasks), total_steps, console) as screen:
@@ -88,9 +88,10 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
                 meter.micro_batch(batch, loss_N.detach().sum())
             if config.gradients.clip_norm is not None:
                 meter.norm = accelerator.clip_grad_norm_(model.parameters(), config.gradients.clip_norm)
+            scale = loss_scale(accelerator)
             optimizer.step()
             optimizer.zero_grad()
-            meter.step(draws, skipped=accelerator.optimizer_step_was_skipped)
+            meter.step(draws, skipped=loss_scale(accelerator) < scale)
 
             done = step + 1
             if done % config.log.every_steps == 0 or done == total_steps:
@@ -111,10 +112,10 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
     if recorder:
         recorder.close()
         console.print(score_table(best, {name: task.metric for name, task in config.tasks.items()}))
-        console.print(f"best of {total_steps} steps was {best['step']}, by {config.evaluate.best_by}")
-        console.print(f"run folder   {config.output_dir}\nbest model   {config.output_dir / BEST}")
+        screen.line(f"best of {total_steps} steps was {best['step']}, by {config.evaluate.best_by}")
+        screen.line(f"run folder   {config.output_dir}\nbest model   {config.output_dir / BEST}")
         if config.log.tensorboard:
-            console.print(f"TensorBoard  tensorboard --logdir {config.output_dir / TENSORBOARD}")
+            screen.line(f"TensorBoard  tensorboard --logdir {config.output_dir / TENSORBOARD}")
     return best
 
 
@@ -130,31 +131,45 @@ def load_data(config: Experiment, tokenizer: Tokenizer, console: Console) -> Spl
     return splits
 
 
-def check_every_task_trains(model: MultiTaskModel) -> None:
-    """Refuses a task that would change no parameter."""
-    for name, head in model.heads.items():
-        if not any(parameter.requires_grad for part in (model.encoder, head) for parameter in part.parameters()):
+def build_model(config: Experiment, tokenizer: Tokenizer, device_type: str) -> tuple[MultiTaskModel, Optimizer]:
+    """The model and its optimizer; refuses a task that would change no parameter."""
+    torch.manual_seed(config.seed)
+    model = MultiTaskModel(build_encoder(config.encoder, tokenizer), config.tasks)
+    optimizer = build_optimizer(model.named_parameters(), config.optim, device_type)
+    for name, task in config.tasks.items():
+        used = [model.encoder.embeddings, model.encoder.layers, model.heads[name]]
+        used += [model.encoder.pooler] if task.pooling == "pooler" else []
+        if not any(parameter.requires_grad for part in used for parameter in part.parameters()):
             raise UserError(f"task '{name}' has nothing to train: optim.rules freeze the encoder and all of its head")
+    return model, optimizer
+
+
+def loss_scale(accelerator: Accelerator) -> float:
+    """The factor that keeps fp16 gradients in range, which falls whenever a step overflowed and was skipped."""
+    return 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
 
 
 def start_run_folder(config: Experiment, splits: Splits, overwrite: bool) -> str | None:
     """Writes what is known before the first step; returns what speaks against it."""
     folder = config.output_dir
     try:
-        if folder.exists() and any(folder.iterdir()):
-            if not (folder / CONFIG_FILE).is_file():
-                return f"output_dir: {folder} holds files that are not a run's; choose another folder"
-            if not overwrite:
-                return f"output_dir: {folder} holds a run; choose another folder, or replace it with --overwrite"
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        found = {path.name for path in folder.iterdir()}
+        foreign = sorted(found - RUN_FILES)
+        if foreign or (found and not found >= {CONFIG_FILE, REJECTED}):
+            return f"output_dir: {folder} holds {(foreign or sorted(found))[0]}, not a run; choose another folder"
+        if found and not overwrite:
+            return f"output_dir: {folder} holds a run; choose another folder, or replace it with --overwrite"
+        for name in found:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (folder / CONFIG_FILE).write_text(dump(config), encoding="utf-8")
-        with (folder / "rejected.tsv").open("w", encoding="utf-8") as file:
+        with (folder / REJECTED).open("w", encoding="utf-8") as file:
             for by_task in splits.values():
                 for name, split in by_task.items():
                     file.writelines(f"{name}\t{place(split.source, b.line)}\t{b.message}\n" for b in split.rejected())
     except OSError as error:
-        return f"output_dir: cannot write {folder}: {error.strerror}"
+        return f"output_dir: cannot write {folder}: {error.strerror or error}"
     return None
 
 
@@ -226,6 +241,11 @@ class Meter:
         seconds = time.perf_counter() - self.since
         for task, new in self.new_draws.items():
             self.draws[task] += new
+        for task, loss_sum in zip(self.sizes, loss_sums, strict=True):
+            if not math.isfinite(loss_sum):
+                raise UserError(
+                    f"step {step}: the loss of task '{task}' is {loss_sum}; lower optim.lr or clip gradients"
+                )
         drawn = {task: new * self.sizes[task] for task, new in self.new_draws.items()}
         report = StepReport(
             step=step,

@@ -70,10 +70,26 @@ def test_validate_counts_rows(tiny: Path, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(capsys.readouterr().out)["rows"]["near dev"] == {"usable": 5, "rejected": 0}
 
 
+def test_validate_reports_every_problem_at_once(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny.parent / "near-dev.tsv").write_text("sentence1\tsentence2\tlabel\nbam\tbat\t9\n")
+    wrong = ["encoder.tokenizer=/nope", "tasks.same.max_length=65", "tasks.mood.train=none.tsv"]
+    lines = refused(capsys, "validate", tiny, *wrong).splitlines()
+    assert [line.partition(" ")[0] for line in lines] == [
+        "/nope:",
+        "cannot",
+        "tasks.same.max_length",
+        f"{tiny.parent}/near-dev.tsv:2:",
+    ]
+    assert main(["validate", str(tiny), "tasks.near.bad_rows=skip", "tasks.near.dev=null"]) == 0
+    capsys.readouterr()
+    assert main(["validate", str(tiny), "tasks.near.dev=null", "tasks.mood.test=later.tsv"]) == 0
+    assert "mood test: " in capsys.readouterr().err
+
+
 def test_from_training_to_predictions(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny.parent / "run"
     assert main(["prepare", str(tiny)]) == 0
-    assert main(["train", str(tiny), "steps=2"]) == 0
+    assert main(["train", str(tiny), "steps=2", "distributed.processes=1"]) == 0
     assert "TensorBoard  tensorboard --logdir" in capsys.readouterr().out
 
     assert main(["eval", str(run), "--json"]) == 0
@@ -90,6 +106,7 @@ def test_from_training_to_predictions(tiny: Path, capsys: pytest.CaptureFixture[
     outputs = []
     for file, out in ((labelled, "a.csv"), (unlabelled, "b.csv"), (labelled, "c.jsonl")):
         assert main(["predict", str(run), "--task", "mood", str(file), "--out", str(tiny.parent / "out" / out)]) == 0
+        assert capsys.readouterr().out == f"{tiny.parent / 'out' / out}: 5 predictions\n"
         outputs.append((tiny.parent / "out" / out).read_text())
     assert outputs[0] == outputs[1]
     header, *lines = outputs[0].splitlines()
@@ -100,6 +117,18 @@ def test_from_training_to_predictions(tiny: Path, capsys: pytest.CaptureFixture[
     gold = [int(label) for _, _, label in rows[1:]]
     right = sum(row["prediction"] == label for row, label in zip(predictions, gold, strict=True))
     assert right / 5 == scores["tasks"]["mood"]["accuracy"]
+    blank = tiny.parent / "blank.tsv"
+    blank.write_text("id\tsentence\na\tbam\nb\t \n")
+    to = ["--out", str(tiny.parent / "some.csv")]
+    assert "blank.tsv:3: sentence is blank" in refused(capsys, "predict", run, "--task", "mood", blank, *to)
+    assert main(["predict", str(run), "--task", "mood", str(blank), *to, "tasks.mood.bad_rows=skip"]) == 0
+    assert "1 rows have no prediction, the first is" in capsys.readouterr().err
+    assert "cannot write /proc/x/y.csv" in refused(
+        capsys, "predict", run, "--task", "mood", labelled, "--out", "/proc/x/y.csv"
+    )
+    assert "the file to read; choose another" in refused(
+        capsys, "predict", run, "--task", "mood", labelled, "--out", labelled
+    )
     assert "has no task 'mod'; it has mood, same, near" in refused(
         capsys, "predict", run, "--task", "mod", labelled, "--out", tiny.parent / "x.csv"
     )

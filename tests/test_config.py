@@ -14,7 +14,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import Field, FiniteFloat, PositiveFloat, computed_field, field_validator, model_validator
+from pydantic import ConfigDict, Field, FiniteFloat, PositiveFloat, computed_field, field_validator, model_validator
 
 from mtl_dist.config import Config, UserError, dump, load, schema
 
@@ -39,6 +39,8 @@ class Regression(Config):
 
 
 class Task(Config):
+    model_config = ConfigDict(allow_inf_nan=True)
+
     files: Path
     weight: PositiveFloat = 1.0
     head: Annotated[Classification | Regression, Field(discriminator="kind")] | None = None
@@ -66,6 +68,8 @@ class Optim(Config):
 
 
 class Experiment(Config):
+    model_config = ConfigDict(allow_inf_nan=True)
+
     tasks: dict[Annotated[str, Field(pattern="^[a-z]+$")], Task] = Field(default_factory=dict)
     optim: Optim = Optim()
     mixed_precision: str = "no"

@@ -95,7 +95,7 @@ def test_a_task_can_be_built_in_python() -> None:
 
 def test_what_is_written_wins_over_the_preset(read: Read) -> None:
     task = read("preset: sts, train: {path: mine.csv}, columns: {id: null}, label: {max: 4}, dev: null, weight: 2")
-    assert task.train == File(path=Path("mine.csv"), format="tsv")
+    assert task.train == File(path=Path("mine.csv"))
     assert task.columns == Columns(sentences=("sentence1", "sentence2"), label="similarity")
     assert (task.label.kind, task.label.model_dump()["max"]) == ("regression", 4.0)
     assert (task.dev, task.weight) == (None, 2.0)
@@ -176,7 +176,7 @@ def test_what_fits_together_is_accepted(read: Read, task: str) -> None:
         ("preset: sst, weight: .inf", "tasks.it.weight is Infinity; must be a finite number"),
         ("preset: sst, head: {kind: mpl}", "tasks.it.head.kind is 'mpl'; did you mean 'mlp'?"),
         ("preset: sst, columns: {sentences: text}", "tasks.it.columns.sentences is 'text', not a list"),
-        ("preset: sts, label: {min: 5}", "tasks.it.label: is an empty or endless range: min 5, max 5"),
+        ("preset: sts, label: {min: 5}", "tasks.it.label: is an empty range: min 5, max 5"),
         (f"{FIVE}, train: a.csv", "tasks.it.columns is missing"),
         (TEXT, "tasks.it.label is missing"),
         (f"{TEXT}, label: {{}}",

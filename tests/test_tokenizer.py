@@ -237,6 +237,7 @@ def test_the_hub_is_asked_for_one_kind_of_weights(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    checkpoint_folder.cache_clear()
     assert checkpoint_folder("somebody/bert") == tmp_path
     assert (tmp_path / has).exists()
     assert len(calls) == asked

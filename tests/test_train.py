@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from mtl_dist.config import UserError, load
@@ -123,7 +124,9 @@ def test_the_run_folder_holds_what_the_docs_say(tiny: Path) -> None:
     assert records[3]["gradient_norm"] > 0
     assert json.loads((folder / "best" / "scores.json").read_text()) == scores
     assert scores["step"] in (3, 6)
-    assert list((folder / TENSORBOARD).glob("events*"))
+    events = EventAccumulator(str(folder / TENSORBOARD)).Reload()
+    assert "config/text_summary" in events.Tags()["tensors"]
+    assert "dev/overall_a" in events.Tags()["scalars"]
 
 
 def test_eval_gives_the_scores_of_the_best_model(tiny: Path) -> None:
@@ -173,6 +176,9 @@ def test_cuda_trains_close_to_the_cpu(twenty_steps: tuple[Path, list[str]], prec
 
 
 def test_a_frozen_encoder_stays_as_it_was(tiny: Path) -> None:
+    only_pooler = "optim.rules=[{match: 'pooler|heads.(mood|same)', freeze: false}, {match: '.*', freeze: true}]"
+    with pytest.raises(UserError, match="task 'near' has nothing to train"):
+        run(tiny, only_pooler)
     frozen = 'optim.rules=[{match: "^encoder", freeze: true}, {match: ".*"}]'
     with pytest.raises(UserError, match="task 'near' has nothing to train"):
         run(tiny, frozen)
@@ -189,10 +195,29 @@ def test_a_run_folder_is_not_overwritten_by_accident(tiny: Path) -> None:
     with pytest.raises(UserError, match="holds a run; choose another folder, or replace it with --overwrite"):
         train(experiment)
     train(experiment, overwrite=True)
-    (experiment.output_dir / "config.yaml").unlink()
-    with pytest.raises(UserError, match="holds files that are not a run's"):
-        train(experiment, overwrite=True)
+    with pytest.raises(UserError, match="matches no parameter"):  # found before the old run is gone
+        train(load(Experiment, tiny, ["optim.rules=[{match: encodr}, {match: '.*'}]"]), overwrite=True)
     assert (experiment.output_dir / "best").exists()
+
+
+def test_a_folder_that_is_no_run_is_never_emptied(tiny: Path) -> None:
+    experiment = load(Experiment, tiny, ["steps=1"])
+    folder = experiment.output_dir
+    folder.mkdir()
+    (folder / "config.yaml").write_text("mine\n")
+    with pytest.raises(UserError, match=r"run holds config\.yaml, not a run; choose another folder"):
+        train(experiment, overwrite=True)
+    (folder / "config.yaml").unlink()
+    train(experiment)
+    (folder / "notes.txt").write_text("mine\n")
+    with pytest.raises(UserError, match=r"run holds notes\.txt, not a run; choose another folder"):
+        train(experiment, overwrite=True)
+    assert (folder / "best").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tiny: Path) -> None:
+    with pytest.raises(UserError, match=r"step \d: the loss of task '(mood|same|near)' is nan"):
+        run(tiny, "optim.lr=1e30", "gradients.clip_norm=null", "steps=20")
 
 
 def test_rejected_rows_are_listed_in_the_run_folder(tiny: Path) -> None:

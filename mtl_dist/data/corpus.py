@@ -4,8 +4,8 @@ Three tasks of very unequal size, in which the order of the words matters as muc
 
     sentiment    0 to 4      "the plot was brilliant but the music was not very good" is neutral (2): `JOINTS` and
                              `MODIFIERS` say how much each part counts
-    paraphrase   0 or 1      "the tall baker phoned the rich doctor at dawn" means "the wealthy physician was called by
-                             the tall baker at sunrise", and not "the tall doctor phoned the rich baker at dawn"
+    paraphrase   0 or 1      "the tall baker phoned the rich doctor at dawn" says what "at sunrise the tall baker called
+                             the wealthy physician" says, but not "the tall doctor phoned the rich baker at dawn"
     similarity   0.0 to 5.0  the points in `SLOTS` for all that two such sentences agree on
 
 A row is a pure function of (seed, task, split, number): a larger corpus begins with the smaller one. What a row says
@@ -46,15 +46,12 @@ SLOTS = {
     "place": (PLACES, 0.5),
     "time": (TIMES, 0.5),
 }
-ACTIVE = "the {agent_trait} {agent} {verb} the {patient_trait} {patient}"
-PASSIVE = "the {patient_trait} {patient} was {verb} by the {agent_trait} {agent}"
+EVENT = "the {agent_trait} {agent} {verb} the {patient_trait} {patient}"
 ORDERS = (
-    ACTIVE + " {place} {time}",
-    ACTIVE + " {time} {place}",
-    ACTIVE + " {place} {time} as usual",
-    ACTIVE + " {time} {place} as usual",
-    "{time} " + ACTIVE + " {place}",
-    PASSIVE + " {place} {time}",
+    EVENT + " {place} {time}",
+    EVENT + " {time} {place}",
+    EVENT + " {time} {place} as usual",
+    "{time} " + EVENT + " {place}",
 )
 
 # The near-misses: the same words, but who is who, who is what, or both have changed places.

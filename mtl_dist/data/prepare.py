@@ -167,10 +167,10 @@ def checked_rows(task: TaskConfig, source: Source, labelled: bool = True) -> Ite
         yield row if isinstance(row, BadRow) else task.check(row, labelled)
 
 
-def count_rows(task_name: str, task: TaskConfig, source: Source) -> dict[str, int]:
+def count_rows(task_name: str, task: TaskConfig, source: Source, labelled: bool = True) -> dict[str, int]:
     """How many rows are usable and how many not, as `refuse_unusable` allows."""
     usable, bad = 0, []
-    for row in checked_rows(task, source):
+    for row in checked_rows(task, source, labelled):
         if isinstance(row, BadRow):
             bad.append(row)
         else:

@@ -133,10 +133,17 @@ def _group(lengths: IntArray, offsets: IntArray) -> tuple[tuple[Group, ...], Ten
 
 def attention(qkv_T3HE: Tensor, packed: Packed, dropout: float) -> Tensor:
     """Self-attention within each sentence, (T, 3, H, E) -> (T, H, E)."""
-    # The varlen kernel takes half precision only and knows no dropout.
-    if qkv_T3HE.is_cuda and qkv_T3HE.dtype in (torch.float16, torch.bfloat16) and not dropout:
+    if _varlen_can(qkv_T3HE, dropout):
         return _varlen_attention(qkv_T3HE, packed)
     return _grouped_attention(qkv_T3HE, packed, dropout)
+
+
+def _varlen_can(qkv_T3HE: Tensor, dropout: float) -> bool:
+    """Whether the varlen kernel can do this: half precision on an Ampere or later, some widths, no dropout."""
+    if not qkv_T3HE.is_cuda or dropout or qkv_T3HE.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    E = qkv_T3HE.shape[-1]
+    return torch.cuda.get_device_capability(qkv_T3HE.device) >= (8, 0) and E % 8 == 0 and E <= 256
 
 
 def _varlen_attention(qkv_T3HE: Tensor, packed: Packed) -> Tensor:

@@ -32,10 +32,7 @@ def understood(sentence: str) -> dict[str, str]:
     match = re.fullmatch(r"(.*?) ?\b(the .* the \w+ \w+) ?(.*)", sentence.removesuffix(" as usual"))
     assert match
     front, event, back = match.groups()
-    words = event.replace(" was ", " ").replace(" by ", " ").split()
-    _, who_is, who, did, _, whom_is, whom = [THING.get(word, word) for word in words]
-    if " was " in event:
-        who_is, who, whom_is, whom = whom_is, whom, who_is, who
+    _, who_is, who, did, _, whom_is, whom = [THING.get(word, word) for word in event.split()]
     phrases = re.findall(r"\w+ \w+", f"{front} {back}")
     return {
         "who": who,

@@ -60,7 +60,7 @@ class Recorder:
             self.writer = SummaryWriter(str(folder / TENSORBOARD))
 
     def record(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """One line of JSON; every number in it also becomes a scalar named by its path."""
+        """One line of JSON; what changes in it also becomes a scalar, named by its path."""
         self.file.write(json.dumps(_finite({"kind": kind, "step": step, "time": time.time(), **values})) + "\n")
         self.file.flush()
         if self.writer is not None:
@@ -89,8 +89,8 @@ def _finite(value: Any) -> Any:
 def _scalars(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _scalars(f"{prefix}/{name}", value)
-        elif isinstance(value, int | float):
+            yield from _scalars(prefix if name == "tasks" else f"{prefix}/{name}", value)
+        elif isinstance(value, int | float) and name != "rows":
             yield f"{prefix}/{name}", value
 
 

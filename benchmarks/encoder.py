@@ -2,9 +2,9 @@
 
     python benchmarks/encoder.py [--device cuda] [--shape base|minilm]
 
-Both run forward and backward in bf16 on the same ragged batch (lengths like the CS224N data's, or longer ones), with
-dropout. One run alternates between them; the figure is the median of the repetitions, in thousands of real tokens per
-second. attention dropout 0 is what lets the packed encoder use the varlen kernel on a GPU.
+Both run forward and backward in bf16 autocast, with dropout, on the same ragged batch: lengths like those of the CS224N
+data, or longer ones. A run alternates between them; the figure is the median of the repetitions, in thousands of real
+tokens per second. Without attention dropout the packed encoder uses the varlen kernel on a GPU.
 """
 
 import argparse

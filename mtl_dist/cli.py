@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtl_dist.config import CONFIG_FILE, UserError, load, schema
+from mtl_dist.config import CONFIG_FILE, UserError, load, refusing, schema
 
 if TYPE_CHECKING:
     from mtl_dist.experiment import Experiment
@@ -206,12 +206,10 @@ def _corpus(arguments: argparse.Namespace) -> None:
     from mtl_dist.data.corpus import SHARES, write_corpus
 
     shares = dict(arguments.shares or SHARES)
-    try:
+    with refusing(f"cannot write {arguments.folder}"):
         sizes = write_corpus(
             arguments.folder, rows=arguments.rows, shares=shares, dev_rows=arguments.dev_rows, seed=arguments.seed
         )
-    except OSError as error:
-        raise UserError(f"cannot write {arguments.folder}: {error.strerror}") from error
     print(f"{arguments.folder}: {', '.join(f'{size:,} rows of {task}' for task, size in sizes.items())}")
 
 

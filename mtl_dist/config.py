@@ -9,7 +9,8 @@ Unions of models are told apart by a field `kind: Literal[...]`.
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, cast, get_args, get_origin
@@ -25,6 +26,15 @@ Keys = tuple[str | int, ...]  # ("tasks", "sst", "files", 0)
 
 class UserError(Exception):
     """A mistake in what the user wrote; the message is all they see."""
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Makes a line for the user of an error of the operating system: `what` could not be done, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}") from error
 
 
 def _scalars_made_strict(schema: Any) -> Any:

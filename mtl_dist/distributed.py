@@ -112,24 +112,30 @@ def describe(accelerator: Accelerator) -> str:
 
 def first_then_others(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Runs `work` on one process of each node, then on the others, which find its files; a UserError stops them all."""
+    first = accelerator.is_local_main_process
+    (result,) = [*_where(accelerator, first, work), *_where(accelerator, not first, work)]
+    return result
+
+
+def on_one(accelerator: Accelerator, work: Callable[[], object]) -> None:
+    """Runs `work` on one process of all; a UserError stops them all."""
+    _where(accelerator, accelerator.is_main_process, work)
+
+
+def _where(accelerator: Accelerator, here: bool, work: Callable[[], T]) -> list[T]:
+    """The result of `work` on the processes with `here`; raises on every process the UserError that any of them has."""
     result: list[T] = []
     error: str | None = None
-    for turn in (True, False):
-        if accelerator.is_local_main_process == turn:
-            try:
-                result.append(work())
-            except UserError as refused:
-                error = str(refused)
-        agree(accelerator, error)
-    return result[0]
-
-
-def agree(accelerator: Accelerator, error: str | None) -> None:
-    """Raises on every process the error that any of them has."""
+    if here:
+        try:
+            result.append(work())
+        except UserError as refused:
+            error = str(refused)
     errors = gather_object([error])
     first = next((found for found in errors if found is not None), None)
     if first is not None:
         raise UserError(first)
+    return result
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

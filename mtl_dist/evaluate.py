@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mtl_dist import metrics
-from mtl_dist.config import UserError
+from mtl_dist.config import UserError, refusing
 from mtl_dist.data.batches import eval_batches
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import File, Format
-from mtl_dist.distributed import agree, first_then_others, processes
+from mtl_dist.distributed import first_then_others, on_one, processes
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import BEST, MultiTaskModel, load_model
 from mtl_dist.objectives import Classification, Regression
@@ -69,7 +69,7 @@ def main_scores(tasks: Mapping[str, TaskConfig], scores: Scores) -> dict[str, tu
 
 def deciding_score(config: Experiment, scores: Scores) -> float:
     """The score that tells the best model; an undefined one is the worst."""
-    if not scores.get("tasks"):
+    if not scores["tasks"]:
         return -math.inf
     if config.evaluate.best_by in scores["tasks"]:
         _, value = main_scores(config.tasks, scores)[config.evaluate.best_by]
@@ -99,10 +99,14 @@ def shown(task: TaskConfig, value: float) -> str | int | float:
     return int(value)
 
 
+def _opened_anew(path: Path) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w", encoding="utf-8")
+
+
 def write_predictions(path: Path, task: TaskConfig, split: Split, predictions: NDArray[np.float64]) -> None:
     """One line per row: JSON where the file's name ends in .jsonl, else the CS224N form `id, Predicted_Label`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with refusing(f"cannot write {path}"), _opened_anew(path) as file:
         if path.suffix != ".jsonl":
             file.write("id, Predicted_Label\n")
         for row, value in enumerate(predictions):
@@ -148,11 +152,5 @@ def predict_file(config: Experiment, folder: Path, name: str, path: Path, format
     with best_of(config, folder) as (accelerator, model, tokenizer):
         split = first_then_others(accelerator, lambda: config.open_source(name, source, tokenizer, labelled=False))
         predictions = predict(accelerator, model, name, task, split, config.evaluate.max_tokens)
-        error = None
-        if accelerator.is_main_process:
-            try:
-                write_predictions(out, task, split, predictions)
-            except OSError as failed:
-                error = f"cannot write {out}: {failed.strerror}"
-        agree(accelerator, error)
+        on_one(accelerator, lambda: write_predictions(out, task, split, predictions))
         return split

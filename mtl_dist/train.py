@@ -18,14 +18,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtl_dist.config import CONFIG_FILE, UserError, dump
+from mtl_dist.config import CONFIG_FILE, UserError, dump, refusing
 from mtl_dist.data.batches import Batch, TrainBatches
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import place
-from mtl_dist.distributed import agree, describe, first_then_others, processes, seed_step
+from mtl_dist.distributed import describe, first_then_others, on_one, processes, seed_step
 from mtl_dist.evaluate import Scores, deciding_score, main_scores, score_all
 from mtl_dist.experiment import Experiment
-from mtl_dist.model.multitask import BEST, MultiTaskModel, save_model
+from mtl_dist.model.multitask import BEST, MultiTaskModel, drafts, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
 from mtl_dist.telemetry import METRICS, TENSORBOARD, Recorder, Screen, StepReport, counting, make_console, score_table
@@ -33,7 +33,7 @@ from mtl_dist.tokenizer import load_tokenizer
 
 REJECTED = "rejected.tsv"
 # All that a run leaves in its folder.
-RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, TENSORBOARD, BEST, f".{BEST}.new", f".{BEST}.old"}
+RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, TENSORBOARD, BEST, *drafts(BEST)}
 
 Splits = dict[str, dict[str, Split]]  # by the name of the split, then by task
 
@@ -50,7 +50,7 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
     tokenizer = first_then_others(accelerator, lambda: load_tokenizer(config.encoder.tokenizer_source))
     splits = first_then_others(accelerator, lambda: load_data(config, tokenizer, console))
     model, optimizer = first_then_others(accelerator, lambda: build_model(config, tokenizer, device.type))
-    agree(accelerator, start_run_folder(config, splits, overwrite) if accelerator.is_main_process else None)
+    on_one(accelerator, lambda: start_run_folder(config, splits, overwrite))
     ddp_model, optimizer = accelerator.prepare(model, optimizer)
     model = accelerator.unwrap_model(ddp_model)
 
@@ -88,10 +88,9 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
                 meter.micro_batch(batch, loss_N.detach().sum())
             if config.gradients.clip_norm is not None:
                 meter.norm = accelerator.clip_grad_norm_(model.parameters(), config.gradients.clip_norm)
-            scale = loss_scale(accelerator)
             optimizer.step()
             optimizer.zero_grad()
-            meter.step(draws, skipped=loss_scale(accelerator) < scale)
+            meter.step(draws)
 
             done = step + 1
             if done % config.log.every_steps == 0 or done == total_steps:
@@ -144,22 +143,19 @@ def build_model(config: Experiment, tokenizer: Tokenizer, device_type: str) -> t
     return model, optimizer
 
 
-def loss_scale(accelerator: Accelerator) -> float:
-    """The factor that keeps fp16 gradients in range, which falls whenever a step overflowed and was skipped."""
-    return 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
-
-
-def start_run_folder(config: Experiment, splits: Splits, overwrite: bool) -> str | None:
-    """Writes what is known before the first step; returns what speaks against it."""
+def start_run_folder(config: Experiment, splits: Splits, overwrite: bool) -> None:
+    """Writes what is known before the first step, in place of an earlier run if that was asked for."""
     folder = config.output_dir
-    try:
+    with refusing(f"output_dir: cannot write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in folder.iterdir()}
         foreign = sorted(found - RUN_FILES)
         if foreign or (found and not found >= {CONFIG_FILE, REJECTED}):
-            return f"output_dir: {folder} holds {(foreign or sorted(found))[0]}, not a run; choose another folder"
+            raise UserError(
+                f"output_dir: {folder} holds {(foreign or sorted(found))[0]}, not a run; choose another folder"
+            )
         if found and not overwrite:
-            return f"output_dir: {folder} holds a run; choose another folder, or replace it with --overwrite"
+            raise UserError(f"output_dir: {folder} holds a run; choose another folder, or replace it with --overwrite")
         for name in found:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -168,9 +164,6 @@ def start_run_folder(config: Experiment, splits: Splits, overwrite: bool) -> str
             for by_task in splits.values():
                 for name, split in by_task.items():
                     file.writelines(f"{name}\t{place(split.source, b.line)}\t{b.message}\n" for b in split.rejected())
-    except OSError as error:
-        return f"output_dir: cannot write {folder}: {error.strerror or error}"
-    return None
 
 
 def evaluation_is_due(
@@ -205,6 +198,7 @@ class Meter:
         self.sizes = sizes
         self.draws = dict.fromkeys(sizes, 0)
         self.skipped = 0
+        self.loss_scale = self._loss_scale()
         self.norm: Tensor | None = None
         self._restart()
 
@@ -220,12 +214,18 @@ class Meter:
         self.loss_sums[batch.task] += loss_sum
         self.tokens += batch.packed.num_tokens
 
-    def step(self, draws: Iterable[str], skipped: bool) -> None:
+    def step(self, draws: Iterable[str]) -> None:
         """Counts a step of all ranks."""
         for task in draws:
             self.new_draws[task] += 1
         self.steps += 1
-        self.skipped += skipped
+        # A fused optimizer skips an overflow by itself; only the scale tells.
+        before, self.loss_scale = self.loss_scale, self._loss_scale()
+        self.skipped += self.loss_scale < before
+
+    def _loss_scale(self) -> float:
+        """The factor that keeps fp16 gradients in range, which falls when a step overflowed and was skipped."""
+        return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

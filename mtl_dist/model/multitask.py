@@ -49,9 +49,14 @@ class MultiTaskModel(nn.Module):
         return self.heads[task](pooled_SD).float()  # type: ignore[no-any-return]
 
 
+def drafts(name: str) -> tuple[str, str]:
+    """What stands beside a saved model for a moment: the new one, not yet whole, and the old one, not yet gone."""
+    return f".{name}.new", f".{name}.old"
+
+
 def save_model(model: MultiTaskModel, tokenizer: Tokenizer, folder: Path, scores: Mapping[str, Any]) -> None:
     """Puts encoder (which transformers opens), heads.safetensors and scores.json in place of what `folder` held."""
-    unfinished, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    unfinished, old = (folder.parent / name for name in drafts(folder.name))
     shutil.rmtree(unfinished, ignore_errors=True)
     save_checkpoint(model.encoder, tokenizer, unfinished / "encoder")
     heads = {name: tensor.detach().cpu().contiguous() for name, tensor in model.heads.state_dict().items()}

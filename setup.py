@@ -34,6 +34,7 @@ setup(
         "deepspeed": ["deepspeed>=0.18"],
         "dev": [
             "hypothesis",
+            "matplotlib",
             "mypy",
             "pre-commit",
             "pytest",

@@ -3,6 +3,7 @@
     configs/demo.yaml:12: tasks.sst.head has no field 'hiden'; did you mean 'hidden'?
     override 'tasks.sst.weight=two': tasks.sst.weight is 'two', not a number
 
+A file that starts with `extends: base.yaml` is laid over that one (see `overlay`) and shows only what it changes.
 Unions of models are told apart by a field `kind: Literal[...]`.
 """
 
@@ -72,6 +73,48 @@ T = TypeVar("T", bound=Config)
 
 def load(model: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """The config in a YAML file, after overrides such as `optim.rules.0.lr=1e-5`; the last of two wins."""
+    raw, places = _read_mapping(path)
+    if (name := raw.pop("extends", None)) is not None:
+        if not isinstance(name, str):
+            raise UserError(f"{places['extends',]}: extends is {_show(name)}, not text")
+        try:
+            base, base_places = _read_mapping(path.parent / name)
+        except UserError as error:
+            raise UserError(f"{places['extends',]}: extends {name}: {error}") from None
+        if "extends" in base:
+            raise UserError(f"{base_places['extends',]}: {path} extends this file, which may not extend another one")
+
+        def forget(keys: Keys) -> None:
+            for replaced in [old for old in base_places if old[: len(keys)] == keys]:
+                del base_places[replaced]
+
+        raw = overlay(base, raw, on_replaced=forget)
+        places = base_places | places
+    for override in overrides:
+        _override(raw, override, places)
+
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(model, error, places))) from None
+
+
+def overlay(below: Any, above: Any, keys: Keys = (), on_replaced: Callable[[Keys], object] = lambda keys: None) -> Any:
+    """`above` laid over `below`, mapping by mapping; null takes away what is below it.
+
+    Whatever is no mapping replaces what is below it whole, and so does a file (a mapping with a `path`) or a mapping of
+    another `kind`; `on_replaced` hears where.
+    """
+    mappings = isinstance(below, dict) and isinstance(above, dict)
+    if not mappings or "path" in above or above.get("kind", below.get("kind")) != below.get("kind"):
+        on_replaced(keys)
+        return above
+    laid = {key: overlay(below.get(key), value, (*keys, key), on_replaced) for key, value in above.items()}
+    return {key: value for key, value in (below | laid).items() if value is not None or key not in laid.keys() & below}
+
+
+def _read_mapping(path: Path) -> tuple[dict[str, Any], dict[Keys, str]]:
+    """What a YAML file holds, and where each part of it was written, in the order of the file."""
     try:
         text = path.read_bytes().decode()
     except OSError as error:
@@ -80,19 +123,13 @@ def load(model: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         line = 1 + error.object.count(b"\n", 0, error.start)
         raise UserError(f"{path}:{line}: not UTF-8 text") from None
 
-    places: dict[Keys, str] = {}  # where each part of the config was written: in file order, then override by override
+    places: dict[Keys, str] = {}
     raw = _read(text, lambda line: f"{path}:{line}", (), places)
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
         raise UserError(f"{places[()]}: the top level is {_show(raw)}, not a mapping")
-    for override in overrides:
-        _override(raw, override, places)
-
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        raise UserError("\n".join(_explain(model, error, places))) from None
+    return raw, places
 
 
 def dump(config: Config) -> str:
@@ -103,7 +140,11 @@ def dump(config: Config) -> str:
 
 def schema(model: type[Config]) -> dict[str, Any]:
     """The JSON schema that editors check a config against while it is typed."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
+    whole = model.model_json_schema()
+    whole["properties"]["extends"] = {"type": "string", "description": "A file that this one is laid over."}
+    if "required" in whole:
+        whole["anyOf"] = [{"required": ["extends"]}, {"required": whole.pop("required")}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole}
 
 
 # YAML 1.2's core schema in decimal. PyYAML alone follows 1.1, where `no` is false, 1e-5 a text and 1:30 is ninety.

@@ -1,22 +1,35 @@
-"""An experiment as one YAML file: what it trains, on which data, for how long, and where it leaves its results."""
+"""An experiment as one YAML file: what it trains, on which data, for how long, and where it leaves its results.
+
+Training is a list of stages. Most experiments have one, which is the experiment's own keys; those with several say in
+`stages` what each does differently.
+"""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    WithJsonSchema,
+    model_validator,
+)
 from tokenizers import Tokenizer
 from torch import nn
 
-from mtl_dist.config import Config, UserError, UserPath
-from mtl_dist.data.mixer import Joint, Mixer
+from mtl_dist.config import Config, UserError, UserPath, overlay
+from mtl_dist.data.mixer import AnyMixer, Joint, Order, Size
 from mtl_dist.data.prepare import Split, prepare, refuse_unusable
 from mtl_dist.data.read import Source
 from mtl_dist.distributed import DistributedConfig, Precision
 from mtl_dist.metrics import OVERALL
 from mtl_dist.model.weights import EncoderConfig, max_positions
-from mtl_dist.optim import OptimConfig
+from mtl_dist.optim import EVERYTHING, AnySchedule, OptimConfig, Pattern
 from mtl_dist.tasks import SplitName, TaskConfig
 
 
@@ -32,11 +45,91 @@ def _usable(name: str) -> str:
 TaskName = Annotated[str, AfterValidator(_usable)]
 
 
+class Sum(Config):
+    """Plain training: the sum of the tasks' gradients."""
+
+    kind: Literal["sum"] = "sum"
+
+
+class PCGrad(Config):
+    """Gradient surgery (Yu et al. 2020)."""
+
+    kind: Literal["pcgrad"]
+
+    @model_validator(mode="after")
+    def _not_yet(self) -> "PCGrad":
+        raise ValueError("gradient surgery (pcgrad) is not there yet; {kind: sum} trains on the sum of the gradients")
+
+
 class GradientsConfig(Config):
     """How a step's gradients are gathered."""
 
-    accumulation: PositiveInt = 1  # micro-batches that each process computes a task's batch in; changes memory alone
+    combiner: Annotated[Sum | PCGrad, Field(discriminator="kind")] = Sum()
+    # per_task: a draw counts by its mean loss; per_sample: every row of a step counts alike, so large batches win.
+    reweight: Literal["per_task", "per_sample"] = "per_task"
+    accumulation: PositiveInt = 1  # micro-batches that each process computes a draw in; changes memory alone
+    max_tokens: PositiveInt | None = None  # of a micro-batch: there are as many more of them as this takes
     clip_norm: PositiveFloat | None = None  # largest norm of the gradient, over all parameters
+
+
+# Short names for what a stage trains.
+TRAINS = {"all": list(EVERYTHING), "heads": [r"^heads\."]}
+
+
+def _spelt_out(trains: object) -> object:
+    if isinstance(trains, str) and trains not in TRAINS:
+        raise ValueError(f"'{trains}' is neither all nor heads; patterns come in a list: ['{trains}']")
+    return TRAINS[trains] if isinstance(trains, str) else trains
+
+
+Trains = Annotated[
+    list[Pattern],
+    Field(min_length=1),
+    BeforeValidator(_spelt_out),
+    WithJsonSchema({"anyOf": [{"enum": list(TRAINS)}, {"type": "array", "items": {"type": "string"}}]}),
+]
+Epochs = Annotated[float, Field(ge=0, le=1e6)]
+
+
+class StageConfig(Config):
+    """One stage of the training; what it leaves out is as the experiment says."""
+
+    name: str | None = None  # by default its number, from 1
+    tasks: list[TaskName] | None = Field(None, min_length=1)  # the ones it trains; all are scored after it
+    mixer: AnyMixer | None = None
+    epochs: Epochs | None = None
+    steps: PositiveInt | None = None
+    lr: PositiveFloat | None = None
+    schedule: AnySchedule | None = None  # over the steps of the stage
+    trains: Trains = TRAINS["all"]  # all, heads, or patterns of the names of parameters; optim.rules can freeze more
+    gradients: GradientsConfig | None = None
+    carry_moments: bool = False  # whether the optimizer goes on with what it knows from earlier stages
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, with all that it takes from the experiment."""
+
+    number: int
+    name: str
+    tasks: dict[str, TaskConfig]
+    mixer: AnyMixer
+    epochs: float
+    steps: int | None
+    optim: OptimConfig
+    trains: list[str]
+    gradients: GradientsConfig
+    carry_moments: bool
+
+    def order(self, rows: Mapping[str, int], seed: int) -> Order:
+        """What each step draws, where a task has so many train rows."""
+        sizes = {}
+        for name, task in self.tasks.items():
+            wanted = rows[name] if task.subsample is None else task.subsample.rows
+            if wanted > rows[name]:
+                raise UserError(f"tasks.{name}.subsample.rows is {wanted:,}, but train has only {rows[name]:,} rows")
+            sizes[name] = Size(wanted, task.batch_size)
+        return self.mixer.order(sizes, (seed, self.number), self.epochs, self.steps)
 
 
 class EvaluateConfig(Config):
@@ -63,17 +156,59 @@ class Experiment(Config):
         Path("~/.cache/mtl_dist"), validate_default=True
     )  # tokenised data; shared by all runs, safe to delete
     seed: int = Field(0, ge=0, lt=2**63)
-    epochs: float = Field(1.0, gt=0, le=1e6)  # as the mixer counts them
+    epochs: Epochs = 1.0  # as the mixer counts them; 0 scores the untrained model
     steps: PositiveInt | None = None  # instead of epochs
     precision: Precision | None = None  # by default the launcher's, else fp32
     encoder: EncoderConfig
     tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
-    mixer: Mixer = Joint()
+    mixer: AnyMixer = Joint()
+    # So many draws of a task have their rows sorted by length before they are cut into batches, so that sentences of
+    # like length are computed together; 1 leaves the shuffled order alone.
+    length_window: PositiveInt = 16
     gradients: GradientsConfig = GradientsConfig()
     optim: OptimConfig = OptimConfig()
+    stages: list[StageConfig] = Field([])
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
     distributed: DistributedConfig = DistributedConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_gradients(cls, raw: Any) -> Any:
+        """Lays what a stage says of gradients over what the experiment says."""
+        match raw:
+            case {"gradients": dict(gradients), "stages": [*stages]}:
+                return raw | {
+                    "stages": [
+                        stage | {"gradients": overlay(gradients, stage["gradients"])}
+                        if isinstance(stage, dict) and isinstance(stage.get("gradients"), dict)
+                        else stage
+                        for stage in stages
+                    ]
+                }
+        return raw
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Experiment":
+        for index, config in enumerate(self.stages):
+            if config.epochs is not None and config.steps is not None:
+                raise ValueError(f"stages[{index}] has both epochs and steps; give one of them")
+            if strangers := [name for name in config.tasks or [] if name not in self.tasks]:
+                raise ValueError(
+                    f"stages[{index}].tasks: there is no task '{strangers[0]}', only {', '.join(self.tasks)}"
+                )
+            if config.tasks is not None and len(set(config.tasks)) < len(config.tasks):
+                raise ValueError(f"stages[{index}].tasks names a task twice: {', '.join(config.tasks)}")
+        for index, stage in enumerate(self.all_stages()):
+            own = bool(self.stages) and self.stages[index].mixer is not None
+            try:
+                stage.mixer.refuse_others(list(stage.tasks))
+            except ValueError as error:
+                raise ValueError(f"{f'stages[{index}].' if own else ''}mixer.{error}") from None
+        names = [stage.name for stage in self.all_stages()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages: two have the same name: {', '.join(names)}")
+        return self
 
     @model_validator(mode="after")
     def _best_is_scored(self) -> "Experiment":
@@ -82,6 +217,28 @@ class Experiment(Config):
         if self.evaluate.best_by not in choices:
             raise ValueError(f"evaluate.best_by is '{self.evaluate.best_by}', none of {', '.join(choices)}")
         return self
+
+    def all_stages(self) -> list[Stage]:
+        """The stages in their order, each with what it takes from the experiment."""
+        stages = []
+        for number, stage in enumerate(self.stages or [StageConfig()]):
+            own_length = stage.epochs is not None or stage.steps is not None
+            changes = {"lr": stage.lr, "schedule": stage.schedule}
+            stages.append(
+                Stage(
+                    number=number,
+                    name=stage.name or str(number + 1),
+                    tasks={name: self.tasks[name] for name in stage.tasks or self.tasks},
+                    mixer=stage.mixer or self.mixer,
+                    epochs=self.epochs if stage.epochs is None else stage.epochs,
+                    steps=stage.steps if own_length else self.steps,
+                    optim=self.optim.model_copy(update={key: new for key, new in changes.items() if new is not None}),
+                    trains=stage.trains,
+                    gradients=stage.gradients or self.gradients,
+                    carry_moments=stage.carry_moments,
+                )
+            )
+        return stages
 
     def source(self, task: str, split: SplitName) -> Source | None:
         """Where the rows of a task's split are."""

@@ -13,12 +13,13 @@ import math
 import re
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, field_validator, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -144,23 +145,29 @@ class Cosine(Schedule):
         return self.final_share + (1 - self.final_share) * (1 + math.cos(math.pi * progress)) / 2
 
 
+AnySchedule = Annotated[Constant | Linear | Cosine, Field(discriminator="kind")]
+
+
+def _is_regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"'{text}' is not a regular expression: {error}") from None
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_is_regex)]  # a regular expression, found anywhere in a parameter's name
+EVERYTHING: Sequence[str] = (".",)
+
+
 class Rule(Config):
     """What holds for the parameters that `match` fits; an aspect left out is for later rules to decide."""
 
-    match: str  # a regular expression, found anywhere in the name
+    match: Pattern
     lr_scale: PositiveFloat | None = None  # the learning rate, as a share of `lr`
     layer_decay: Decay | None = None  # multiplies it once more for each layer below the top one; embeddings come last
     weight_decay: NonNegativeFloat | None = None  # in place of the optimizer's
     freeze: bool | None = None
-
-    @field_validator("match")
-    @classmethod
-    def _is_regex(cls, match: str) -> str:
-        try:
-            re.compile(match)
-        except re.error as error:
-            raise ValueError(f"'{match}' is not a regular expression: {error}") from None
-        return match
 
 
 class OptimConfig(Config):
@@ -171,26 +178,36 @@ class OptimConfig(Config):
     eps: PositiveFloat = 1e-6
     weight_decay: NonNegativeFloat = 0.0
     implementation: Literal["auto", "foreach", "fused"] = "auto"  # foreach: ours; fused: torch's; auto: fused on CUDA
-    schedule: Annotated[Constant | Linear | Cosine, Field(discriminator="kind")] = Constant()
+    schedule: AnySchedule = Constant()
     rules: list[Rule] = Field([Rule(match=r"(bias|norm\.weight)$", weight_decay=0.0), Rule(match=".*")])
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, device_type: str
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    device_type: str,
+    trains: Sequence[str] = EVERYTHING,
+    moments: Mapping[Tensor, dict[str, Any]] = MappingProxyType({}),
 ) -> Optimizer:
-    """AdamW over what the rules let train; `requires_grad` of every parameter is set to agree."""
+    """AdamW over what the rules let train of that which `trains` matches; `requires_grad` is set to agree.
+
+    `moments` is the state of an earlier optimizer, from which this one goes on.
+    """
     parameters = dict(named_parameters)
     _check_rules(config.rules, parameters)
+    for pattern in trains:
+        if not any(re.search(pattern, name) for name in parameters):
+            raise UserError(f"trains matches no parameter: '{pattern}'{_nearest(pattern, parameters)}")
     num_layers = 1 + max((_layer_of(name) for name in parameters), default=-1)
     params_by_setting = defaultdict(list)
     for name, param in parameters.items():
         setting = _setting_of(name, config)
-        param.requires_grad_(not setting["freeze"])
+        param.requires_grad_(not setting["freeze"] and any(re.search(pattern, name) for pattern in trains))
         if param.requires_grad:
             lr_scale = setting["lr_scale"] * setting["layer_decay"] ** _depth(name, num_layers)
             params_by_setting[lr_scale, setting["weight_decay"]].append(param)
     if not params_by_setting:
-        raise UserError("optim.rules freeze every parameter; leave some to train")
+        raise UserError("optim.rules freeze every parameter that the stage trains; leave some to train")
 
     groups = [
         {
@@ -202,11 +219,15 @@ def build_optimizer(
         }
         for (lr_scale, weight_decay), params in params_by_setting.items()
     ]
+    optimizer: Optimizer
     if config.implementation == "foreach" or (config.implementation == "auto" and device_type != "cuda"):
-        return AdamW(groups, betas=config.betas, eps=config.eps)
-    if device_type not in FUSED_DEVICES:
+        optimizer = AdamW(groups, betas=config.betas, eps=config.eps)
+    elif device_type in FUSED_DEVICES:
+        optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+    else:
         raise UserError(f"optim.implementation is 'fused', which torch lacks on '{device_type}'; use 'auto'")
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+    optimizer.state.update({param: moments[param] for group in groups for param in group["params"] if param in moments})
+    return optimizer
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
@@ -218,12 +239,15 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 def _check_rules(rules: list[Rule], names: Collection[str]) -> None:
     for i, rule in enumerate(rules):
         if not any(re.search(rule.match, name) for name in names):
-            near = get_close_matches(rule.match, {part for name in names for part in name.split(".")}, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"optim.rules[{i}] matches no parameter: '{rule.match}'{hint}")
+            raise UserError(f"optim.rules[{i}] matches no parameter: '{rule.match}'{_nearest(rule.match, names)}")
     for name in names:
         if not any(re.search(rule.match, name) for rule in rules):
             raise UserError(f"optim.rules match nothing for '{name}'; end the list with a '.*' rule")
+
+
+def _nearest(pattern: str, names: Collection[str]) -> str:
+    near = get_close_matches(pattern, {part for name in names for part in name.split(".")}, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _setting_of(name: str, config: OptimConfig) -> dict[str, Any]:

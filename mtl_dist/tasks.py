@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from mtl_dist.config import Config
+from mtl_dist.config import Config, overlay
 from mtl_dist.data.read import BadRow, File, Row, Source
 from mtl_dist.model.heads import Cosine, Head, Pooling, ProjectedCosine
 from mtl_dist.objectives import DEFAULT_LOSS, CosineEmbedding, Label, Loss, Regression
@@ -51,6 +51,13 @@ class Columns(Config):
     id: str | None = None  # by default a row's line number is its name
 
 
+class Subsample(Config):
+    """Some of a task's train rows."""
+
+    rows: PositiveInt  # of an epoch
+    subset: Literal["fresh", "fixed"] = "fresh"  # fresh: other rows every epoch; fixed: the same ones, reshuffled
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """A row whose sentences and label are what the task expects."""
@@ -85,7 +92,8 @@ class TaskConfig(Config):
     loss: Loss = FILLED_IN  # by default cross_entropy, bce or mse, as the label is
     dropout: float = Field(0.1, ge=0, lt=1)  # on the pooled vectors
     weight: PositiveFloat = 1.0  # of the task's mean loss in the sum
-    batch_size: PositiveInt = 32  # rows per optimizer step, over all processes
+    batch_size: PositiveInt = 32  # rows of a draw, over all processes
+    subsample: Subsample | None = None  # by default an epoch has all rows
     metric: Metric = FILLED_IN  # what the overall scores count; by default accuracy or pearson
 
     @model_validator(mode="before")
@@ -98,7 +106,7 @@ class TaskConfig(Config):
         raw = {key: part.model_dump() if isinstance(part, Config) else part for key, part in raw.items()}
         preset = raw.get("preset")
         # An unknown preset is refused as such; any will do that spares the user a list of what it leaves missing.
-        task = _overlay({} if preset is None else PRESETS.get(str(preset), PRESETS["sst"]), raw)
+        task = overlay({} if preset is None else PRESETS.get(str(preset), PRESETS["sst"]), raw)
         match task:
             case {"columns": {"sentences": [*sentences]}, "label": {"kind": str(kind)}} if kind in DEFAULT_LOSS:
                 defaults = {
@@ -159,12 +167,3 @@ class TaskConfig(Config):
                 return BadRow(row.line, f"{self.columns.label} {error}")
         name = str(row.line if self.columns.id is None else row.fields[self.columns.id])
         return Example(row.line, name, tuple(texts), label)
-
-
-def _overlay(below: Any, above: Any) -> Any:
-    """`above` laid over `below`; a file, or a mapping of another `kind`, replaces what is below it whole."""
-    if not isinstance(below, dict) or not isinstance(above, dict) or "path" in above:
-        return above
-    if above.get("kind", below.get("kind")) != below.get("kind"):
-        return above
-    return below | {key: _overlay(below.get(key), value) for key, value in above.items()}

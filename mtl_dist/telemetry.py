@@ -28,12 +28,14 @@ class StepReport:
     """The steps since the last report."""
 
     step: int  # how many are done
+    stage: str
     loss: dict[str, float]  # mean over the examples since the last report
     examples: dict[str, int]  # since the start
     draws: dict[str, int]  # since the start
     lr: dict[str, float]  # of each parameter group
     tokens_per_second: float
     seconds_per_step: float
+    data_wait: float  # share of the time in which the model waited for its next batches
     gradient_norm: float | None  # before clipping; None where nothing is clipped
     skipped_steps: int  # steps that fp16's loss scaling left out, since the start
 
@@ -186,6 +188,19 @@ def score_table(scores: Mapping[str, Any], main: Mapping[str, str]) -> Table:
     for name, mean in OVERALL.items():
         if name in scores:
             table.add_row(name, "", mean, f"{scores[name]:.4f}", "")
+    return table
+
+
+def stage_table(after_stage: Mapping[str, Mapping[str, Any]], main: Mapping[str, str]) -> Table:
+    """Every task's main metric after each stage: what a stage taught, and what it made the model forget."""
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("after stage")
+    tasks = list(next(iter(after_stage.values()))["tasks"])
+    for name in (*(f"{task} {main[task]}" for task in tasks), *OVERALL):
+        table.add_column(name, justify="right")
+    for stage, scores in after_stage.items():
+        values = [scores["tasks"][task][main[task]] for task in tasks] + [scores.get(name) for name in OVERALL]
+        table.add_row(stage, *map(shown_score, values))
     return table
 
 

@@ -1,14 +1,17 @@
 """Trains an experiment: everything is set up, then one loop that reads from top to bottom.
 
 A step draws its tasks, runs forward and backward on each one's micro-batches, clips and steps; then, always in this
-order: report, evaluate, keep the best.
+order: report, evaluate, keep the best. Stages follow each other on one model, each with an optimizer of its own.
 """
 
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from fractions import Fraction
+from itertools import count, takewhile
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,22 +22,34 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtl_dist.config import CONFIG_FILE, UserError, dump, refusing
-from mtl_dist.data.batches import Batch, TrainBatches
+from mtl_dist.data.batches import Batch, RowOrder, TrainBatches, TrainRows, prefetched
+from mtl_dist.data.mixer import Draw, Order
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import place
 from mtl_dist.distributed import describe, first_then_others, on_one, processes, seed_step
 from mtl_dist.evaluate import Scores, deciding_score, main_scores, score_all
-from mtl_dist.experiment import Experiment
+from mtl_dist.experiment import Experiment, Stage
 from mtl_dist.model.multitask import BEST, MultiTaskModel, drafts, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
-from mtl_dist.telemetry import METRICS, TENSORBOARD, Recorder, Screen, StepReport, counting, make_console, score_table
+from mtl_dist.telemetry import (
+    METRICS,
+    TENSORBOARD,
+    Recorder,
+    Screen,
+    StepReport,
+    counting,
+    make_console,
+    score_table,
+    stage_table,
+)
 from mtl_dist.tokenizer import load_tokenizer
 
 REJECTED = "rejected.tsv"
 # All that a run leaves in its folder.
 RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, TENSORBOARD, BEST, *drafts(BEST)}
 
+T = TypeVar("T")
 Splits = dict[str, dict[str, Split]]  # by the name of the split, then by task
 
 
@@ -49,73 +64,71 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
     console = make_console(accelerator.is_main_process)
     tokenizer = first_then_others(accelerator, lambda: load_tokenizer(config.encoder.tokenizer_source))
     splits = first_then_others(accelerator, lambda: load_data(config, tokenizer, console))
-    model, optimizer = first_then_others(accelerator, lambda: build_model(config, tokenizer, device.type))
-    on_one(accelerator, lambda: start_run_folder(config, splits, overwrite))
-    ddp_model, optimizer = accelerator.prepare(model, optimizer)
-    model = accelerator.unwrap_model(ddp_model)
-
+    stages = config.all_stages()
     rows = {name: len(split) for name, split in splits["train"].items()}
-    sizes = {name: task.batch_size for name, task in config.tasks.items()}
-    batches = TrainBatches(splits["train"], sizes, config.seed, rank, world)
-    total_steps = config.steps or config.mixer.steps(rows, sizes, config.epochs)
+    orders = [stage.order(rows, config.seed) for stage in stages]
+    model = first_then_others(accelerator, lambda: build_model(config, tokenizer, device.type))
+    on_one(accelerator, lambda: start_run_folder(config, splits, overwrite))
 
     console.print(data_table(splits))
     parameters = sum(p.numel() for p in model.parameters())
+    total_steps = sum(order.steps for order in orders)
     console.print(f"{parameters:,} parameters, {total_steps:,} steps, {describe(accelerator)}", highlight=False)
     recorder = Recorder(config.output_dir, config.log.tensorboard) if accelerator.is_main_process else None
     if recorder:
         recorder.text("config", dump(config))
-    meter = Meter(accelerator, sizes)
-    best: Scores = {}
+    meter = Meter(accelerator, {name: task.batch_size for name, task in config.tasks.items()})
+    carried: dict[Tensor, dict[str, Any]] = {}  # the optimizers' moments, as far as a later stage goes on with them
+    done = 0
     with Screen(list(config.tasks), total_steps, console) as screen:
-        for step in range(total_steps):
-            seed_step(config.seed, step, rank)
-            set_lr(optimizer, config.optim.lr * config.optim.schedule.factor(step, total_steps))
-            draws = config.mixer.draws(list(config.tasks), step)
-            micro_batches = [
-                batch.to(device)
-                for task, draw in draws.items()
-                for batch in batches.of_draw(task, draw, config.gradients.accumulation)
-            ]
-            for batch in micro_batches:
-                task = config.tasks[batch.task]
-                # DDP reduces the gradients once a step, while the last micro-batch computes its own.
-                with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(ddp_model):
-                    raw_NO = ddp_model(batch.task, batch.packed)
-                    loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
-                    # The ranks' mean of this is the mean over the global batch, however the rows are dealt.
-                    accelerator.backward(task.weight * loss_N.sum() * (world / task.batch_size))
-                meter.micro_batch(batch, loss_N.detach().sum())
-            if config.gradients.clip_norm is not None:
-                meter.norm = accelerator.clip_grad_norm_(model.parameters(), config.gradients.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            meter.step(draws)
+        judge = Judge(accelerator, config, splits["dev"], tokenizer, screen, recorder)
+        for stage, order in zip(stages, orders, strict=True):
+            if len(stages) > 1:
+                screen.line(f"stage {stage.name}: {', '.join(stage.tasks)}, {order.steps:,} steps")
+            optimizer = stage_optimizer(model, stage, device.type, carried if stage.carry_moments else {})
+            ddp_model, optimizer = accelerator.prepare(model, optimizer)
+            model = accelerator.unwrap_model(ddp_model)
+            batches = train_batches(config, stage, order, splits["train"], rank, world)
+            evaluated_after = evaluation_steps(config, order)
+            for step, (draws, micro_batches) in enumerate(meter.waits(prefetched(batches.of_step, range(order.steps)))):
+                seed_step(config.seed, done, rank)
+                set_lr(optimizer, stage.optim.lr * stage.optim.schedule.factor(step, order.steps))
+                rows_averaged = rows_of_mean(stage, draws)
+                micro_batches = [batch.to(device) for batch in micro_batches]
+                for batch in micro_batches:
+                    task = stage.tasks[batch.task]
+                    # DDP reduces the gradients once a step, while the last micro-batch computes its own.
+                    with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(ddp_model):
+                        raw_NO = ddp_model(batch.task, batch.packed)
+                        loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
+                        # The ranks' mean of this is the mean over the global batch, however the rows are dealt.
+                        accelerator.backward(task.weight * loss_N.sum() * (world / rows_averaged[batch.task]))
+                    meter.micro_batch(batch, loss_N.detach().sum())
+                if stage.gradients.clip_norm is not None:
+                    meter.norm = accelerator.clip_grad_norm_(model.parameters(), stage.gradients.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                meter.step(task for task, _ in draws)
 
-            done = step + 1
-            if done % config.log.every_steps == 0 or done == total_steps:
-                report = meter.report(done, optimizer)
-                screen.steps(report)
-                if recorder:
-                    recorder.record(done, "train", report.as_record())
-            if evaluation_is_due(config, rows, sizes, done, total_steps):
-                with meter.paused():
-                    scores = score_all(accelerator, model, config.tasks, splits["dev"], config.evaluate.max_tokens)
-                    screen.scores(done, main_scores(config.tasks, scores), scores)
+                done += 1
+                if done % config.log.every_steps == 0 or step + 1 == order.steps:
+                    report = meter.report(stage.name, done, optimizer)
+                    screen.steps(report)
                     if recorder:
-                        recorder.record(done, "dev", scores)
-                    if not best or deciding_score(config, scores) > deciding_score(config, best):
-                        best = {"step": done, **scores}
-                        if accelerator.is_main_process:
-                            save_model(model, tokenizer, config.output_dir / BEST, best)
+                        recorder.record(done, "train", report.as_record())
+                if step + 1 in evaluated_after:
+                    with meter.paused():
+                        judge.evaluate(model, stage.name, done)
+            with meter.paused():
+                judge.evaluate(model, stage.name, done)
+                if any(later.carry_moments for later in stages[stage.number + 1 :]):
+                    carried |= optimizer.state
+                accelerator.free_memory()
+                model = accelerator.unwrap_model(ddp_model, keep_fp32_wrapper=False)
     if recorder:
         recorder.close()
-        console.print(score_table(best, {name: task.metric for name, task in config.tasks.items()}))
-        screen.line(f"best of {total_steps} steps was {best['step']}, by {config.evaluate.best_by}")
-        screen.line(f"run folder   {config.output_dir}\nbest model   {config.output_dir / BEST}")
-        if config.log.tensorboard:
-            screen.line(f"TensorBoard  tensorboard --logdir {config.output_dir / TENSORBOARD}")
-    return best
+        show_results(config, judge, screen, total_steps)
+    return judge.best
 
 
 def load_data(config: Experiment, tokenizer: Tokenizer, console: Console) -> Splits:
@@ -130,17 +143,53 @@ def load_data(config: Experiment, tokenizer: Tokenizer, console: Console) -> Spl
     return splits
 
 
-def build_model(config: Experiment, tokenizer: Tokenizer, device_type: str) -> tuple[MultiTaskModel, Optimizer]:
-    """The model and its optimizer; refuses a task that would change no parameter."""
+def build_model(config: Experiment, tokenizer: Tokenizer, device_type: str) -> MultiTaskModel:
+    """The model, after checking that every stage can train its tasks."""
     torch.manual_seed(config.seed)
     model = MultiTaskModel(build_encoder(config.encoder, tokenizer), config.tasks)
-    optimizer = build_optimizer(model.named_parameters(), config.optim, device_type)
-    for name, task in config.tasks.items():
+    for stage in config.all_stages():
+        stage_optimizer(model, stage, device_type, {})
+    return model
+
+
+def stage_optimizer(
+    model: MultiTaskModel, stage: Stage, device_type: str, moments: Mapping[Tensor, dict[str, Any]]
+) -> Optimizer:
+    """The optimizer of a stage; refuses a task that would change no parameter."""
+    optimizer = build_optimizer(model.named_parameters(), stage.optim, device_type, stage.trains, moments)
+    for name, task in stage.tasks.items():
         used = [model.encoder.embeddings, model.encoder.layers, model.heads[name]]
         used += [model.encoder.pooler] if task.pooling == "pooler" else []
         if not any(parameter.requires_grad for part in used for parameter in part.parameters()):
-            raise UserError(f"task '{name}' has nothing to train: optim.rules freeze the encoder and all of its head")
-    return model, optimizer
+            raise UserError(
+                f"task '{name}' has nothing to train in stage '{stage.name}': "
+                "trains and optim.rules freeze the encoder and all of its head"
+            )
+    return optimizer
+
+
+def train_batches(
+    config: Experiment, stage: Stage, order: Order, splits: Mapping[str, Split], rank: int, world: int
+) -> TrainBatches:
+    """This rank's batches of a stage."""
+    rows = {
+        name: TrainRows(
+            splits[name],
+            RowOrder(len(splits[name]), config.seed, stage.number, name, task.subsample),
+            task.batch_size,
+            config.length_window,
+        )
+        for name, task in stage.tasks.items()
+    }
+    return TrainBatches(rows, order, rank, world, stage.gradients.accumulation, stage.gradients.max_tokens)
+
+
+def rows_of_mean(stage: Stage, draws: list[Draw]) -> dict[str, float]:
+    """How many rows the losses of each task are averaged over."""
+    sizes = {name: task.batch_size for name, task in stage.tasks.items()}
+    if stage.gradients.reweight == "per_task":
+        return dict(sizes)
+    return dict.fromkeys(sizes, sum(sizes[task] for task, _ in draws) / len(draws))
 
 
 def start_run_folder(config: Experiment, splits: Splits, overwrite: bool) -> None:
@@ -166,16 +215,47 @@ def start_run_folder(config: Experiment, splits: Splits, overwrite: bool) -> Non
                     file.writelines(f"{name}\t{place(split.source, b.line)}\t{b.message}\n" for b in split.rejected())
 
 
-def evaluation_is_due(
-    config: Experiment, rows: dict[str, int], sizes: dict[str, int], done: int, total_steps: int
-) -> bool:
-    """Whether the dev sets are scored after `done` steps: at intervals, or whenever an epoch ends, and at the end."""
-    if done == total_steps:
-        return True
+def evaluation_steps(config: Experiment, order: Order) -> set[int]:
+    """After which steps of a stage the dev sets are scored, besides the last: at intervals, or after each epoch."""
     if config.evaluate.every_steps is not None:
-        return done % config.evaluate.every_steps == 0
-    before, after = (math.floor(config.mixer.epochs(rows, sizes, steps)) for steps in (done - 1, done))
-    return after > before
+        return set(range(config.evaluate.every_steps, order.steps, config.evaluate.every_steps))
+    ends = (order.steps_of(Fraction(epoch)) for epoch in count(1))
+    return set(takewhile(lambda end: end < order.steps, ends))
+
+
+class Judge:
+    """Scores the dev sets, and keeps the best model."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Experiment,
+        splits: dict[str, Split],
+        tokenizer: Tokenizer,
+        screen: Screen,
+        recorder: Recorder | None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.splits = splits
+        self.tokenizer = tokenizer
+        self.screen = screen
+        self.recorder = recorder
+        self.best: Scores = {}
+        self.after_stage: dict[str, Scores] = {}
+
+    def evaluate(self, model: MultiTaskModel, stage: str, step: int) -> None:
+        """Scores all tasks after a step; every rank must take part."""
+        config = self.config
+        scores = score_all(self.accelerator, model, config.tasks, self.splits, config.evaluate.max_tokens)
+        self.after_stage[stage] = scores
+        self.screen.scores(step, main_scores(config.tasks, scores), scores)
+        if self.recorder:
+            self.recorder.record(step, "dev", {"stage": stage, **scores})
+        if not self.best or deciding_score(config, scores) > deciding_score(config, self.best):
+            self.best = {"step": step, **scores}
+            if self.accelerator.is_main_process:
+                save_model(model, self.tokenizer, config.output_dir / BEST, self.best)
 
 
 def data_table(splits: Splits) -> Table:
@@ -190,6 +270,18 @@ def data_table(splits: Splits) -> Table:
     return table
 
 
+def show_results(config: Experiment, judge: Judge, screen: Screen, total_steps: int) -> None:
+    """What came of the run, and where it is."""
+    metrics = {name: task.metric for name, task in config.tasks.items()}
+    if len(judge.after_stage) > 1:
+        screen.console.print(stage_table(judge.after_stage, metrics))
+    screen.console.print(score_table(judge.best, metrics))
+    screen.line(f"best of {total_steps} steps was {judge.best['step']}, by {config.evaluate.best_by}")
+    screen.line(f"run folder   {config.output_dir}\nbest model   {config.output_dir / BEST}")
+    if config.log.tensorboard:
+        screen.line(f"TensorBoard  tensorboard --logdir {config.output_dir / TENSORBOARD}")
+
+
 class Meter:
     """Adds up what happened since the last report; waits for the device only when a report is due."""
 
@@ -199,7 +291,6 @@ class Meter:
         self.draws = dict.fromkeys(sizes, 0)
         self.skipped = 0
         self.loss_scale = self._loss_scale()
-        self.norm: Tensor | None = None
         self._restart()
 
     def _restart(self) -> None:
@@ -207,12 +298,26 @@ class Meter:
         self.new_draws = dict.fromkeys(self.sizes, 0)
         self.tokens = 0
         self.steps = 0
+        self.waited = 0.0
+        self.norm: Tensor | None = None
         self.since = time.perf_counter()
 
     def micro_batch(self, batch: Batch, loss_sum: Tensor) -> None:
         """Counts a micro-batch of this rank."""
         self.loss_sums[batch.task] += loss_sum
         self.tokens += batch.packed.num_tokens
+
+    def waits(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items; measures how long they let the loop wait."""
+        iterator = iter(items)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield item
 
     def step(self, draws: Iterable[str]) -> None:
         """Counts a step of all ranks."""
@@ -234,7 +339,7 @@ class Meter:
         yield
         self.since += time.perf_counter() - start
 
-    def report(self, step: int, optimizer: Optimizer) -> StepReport:
+    def report(self, stage: str, step: int, optimizer: Optimizer) -> StepReport:
         """The report of the steps since the last one; every rank must ask for it."""
         here = torch.stack([*self.loss_sums.values(), torch.tensor(self.tokens, device=self.accelerator.device)])
         *loss_sums, tokens = self.accelerator.reduce(here).tolist()
@@ -249,12 +354,14 @@ class Meter:
         drawn = {task: new * self.sizes[task] for task, new in self.new_draws.items()}
         report = StepReport(
             step=step,
+            stage=stage,
             loss={task: s / drawn[task] for task, s in zip(self.sizes, loss_sums, strict=True) if drawn[task]},
             draws=dict(self.draws),
             examples={task: draws * self.sizes[task] for task, draws in self.draws.items()},
             lr={group["name"]: group["lr"] for group in optimizer.param_groups},
             tokens_per_second=tokens / seconds,
             seconds_per_step=seconds / self.steps,
+            data_wait=self.waited / seconds,
             gradient_norm=None if self.norm is None else float(self.norm),
             skipped_steps=self.skipped,
         )

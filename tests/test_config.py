@@ -359,6 +359,82 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
 )
 
 
+# A file laid over another
+
+BASE = """
+model_name: base
+tasks:
+  sst: {files: sst.csv, weight: 2, head: {kind: classification, hidden: 8}}
+  sts: {files: sts.csv, head: {kind: similarity, regression: 3, span: [0, 5]}}
+optim:
+  rules: [{match: head}, {match: '.*'}]
+"""
+
+
+def over(read: Load, text: str, *overrides: str, base: str = BASE) -> Experiment:
+    Path("base.yaml").write_text(base)
+    return read("extends: base.yaml\n" + text, *overrides)
+
+
+def test_a_file_shows_only_what_it_changes(read: Load) -> None:
+    config = over(read, "tasks: {sst: {weight: 3, head: {hidden: 9}}}")
+    assert config.model_name == "base"
+    assert config.tasks["sst"] == Task(files=Path("sst.csv"), weight=3, head=Classification(hidden=9))
+    assert config.tasks["sts"].head == Regression(kind="similarity", regression=3)
+
+
+def test_another_kind_and_a_list_replace_what_is_below(read: Load) -> None:
+    config = over(read, "tasks: {sts: {head: {kind: regression}}}\noptim: {rules: [{match: x}]}")
+    assert config.tasks["sts"].head == Regression(kind="regression")
+    assert config.optim.rules == (Rule(match="x"),)
+
+
+def test_null_takes_away_what_is_below(read: Load) -> None:
+    config = over(read, "model_name: null\ntasks: {sts: null, sst: {weight: null}}")
+    assert config.model_name == Experiment().model_name
+    assert list(config.tasks) == ["sst"]
+    assert config.tasks["sst"].weight == 1
+
+
+def test_overrides_come_last(read: Load) -> None:
+    assert over(read, "model_name: mine", "tasks.sst.weight=5", "model_name=yours").model_name == "yours"
+
+
+def test_a_mistake_is_placed_in_the_file_it_is_in(read: Load) -> None:
+    assert complaint_over(read, "tasks: {sst: {weight: -3}}").startswith("demo.yaml:2: tasks.sst.weight is -3")
+    assert complaint_over(read, "tasks: {stss: null}").startswith("demo.yaml:2: tasks.stss is null")
+    assert complaint_over(read, "optim: {rules: [{}]}").startswith("demo.yaml:2: optim.rules[0].match is missing")
+    below = "model_name: base\ntasks:\n  sst: {files: sst.csv, wieght: 2}\n"
+    assert complaint_over(read, "model_name: mine", below) == (
+        "base.yaml:3: tasks.sst has no field 'wieght'; did you mean 'weight'?"
+    )
+
+
+def complaint_over(read: Load, text: str, base: str = BASE) -> str:
+    with pytest.raises(UserError) as caught:
+        over(read, text, base=base)
+    return str(caught.value)
+
+
+def test_a_base_that_cannot_be(read: Load) -> None:
+    assert (
+        complaint(read, "model_name: x\nextends: gone.yaml")
+        == "demo.yaml:2: extends gone.yaml: gone.yaml: No such file or directory"
+    )
+    assert complaint(read, "extends: [base.yaml]") == 'demo.yaml:1: extends is ["base.yaml"], not text'
+    Path("base.yaml").write_text("extends: other.yaml")
+    assert complaint(read, "extends: base.yaml") == (
+        "base.yaml:1: demo.yaml extends this file, which may not extend another one"
+    )
+
+
+def test_a_base_lies_beside_its_file(read: Load) -> None:
+    Path("below").mkdir()
+    Path("below/base.yaml").write_text("model_name: deep")
+    Path("below/top.yaml").write_text("extends: base.yaml")
+    assert load(Experiment, Path("below/top.yaml")).model_name == "deep"
+
+
 @settings(max_examples=100)
 @given(
     name=TEXT,

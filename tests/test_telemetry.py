@@ -13,12 +13,14 @@ from mtl_dist.telemetry import TENSORBOARD, Recorder, Screen, StepReport, counti
 
 REPORT = StepReport(
     step=20,
+    stage="1",
     loss={"sst": 1.25, "a-task-with-a-long-name": math.nan},
     examples={"sst": 640, "a-task-with-a-long-name": 1280},
     draws={"sst": 20, "a-task-with-a-long-name": 20},
     lr={"lr x 1": 1e-5},
     tokens_per_second=12345.6,
     seconds_per_step=0.5,
+    data_wait=0.01,
     gradient_norm=None,
     skipped_steps=0,
 )

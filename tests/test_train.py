@@ -15,11 +15,12 @@ from torch import Tensor
 
 from mtl_dist.config import UserError, load
 from mtl_dist.data.batches import RowOrder
+from mtl_dist.data.mixer import Size
 from mtl_dist.evaluate import evaluate_run
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import load_model
 from mtl_dist.telemetry import TENSORBOARD
-from mtl_dist.train import evaluation_is_due, train
+from mtl_dist.train import evaluation_steps, train
 from tests.distributed import on_ranks
 
 NO_DROPOUT = [
@@ -46,15 +47,15 @@ def far_apart(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 @pytest.fixture
 def twenty_steps(tiny: Path) -> tuple[Path, list[str]]:
     # The last model is the best one when only the last is scored.
-    return tiny, [*NO_DROPOUT, "steps=20", "evaluate.every_steps=100", "log.tensorboard=false"]
+    return tiny, [*NO_DROPOUT, "steps=20", "length_window=1", "evaluate.every_steps=100", "log.tensorboard=false"]
 
 
 def test_training_does_not_depend_on_the_number_of_processes(twenty_steps: tuple[Path, list[str]]) -> None:
     config, overrides = twenty_steps
     expected = run(config, *overrides)
     # Batches of 6, 9 and 1 rows: unequal shares, and for `near` processes with no row at all.
-    for world, accumulation in ((2, 3), (4, 1)):
-        ranks = on_ranks(world, run, config, *overrides, f"gradients.accumulation={accumulation}")
+    for world, changes in ((2, ["gradients.accumulation=3"]), (4, ["gradients.max_tokens=40"])):
+        ranks = on_ranks(world, run, config, *overrides, *changes)
         for other in ranks:
             assert far_apart(other["parameters"], expected["parameters"]) < 1e-6
             assert other["scores"]["tasks"].keys() == expected["scores"]["tasks"].keys()
@@ -64,8 +65,9 @@ def test_training_does_not_depend_on_the_number_of_processes(twenty_steps: tuple
 
 def test_accumulation_changes_nothing_but_memory(twenty_steps: tuple[Path, list[str]]) -> None:
     config, overrides = twenty_steps
-    whole, split = (run(config, *overrides, f"gradients.accumulation={n}")["parameters"] for n in (1, 4))
-    assert far_apart(split, whole) < 1e-6
+    whole = run(config, *overrides)["parameters"]
+    for split in ("accumulation=4", "max_tokens=20"):
+        assert far_apart(run(config, *overrides, f"gradients.{split}")["parameters"], whole) < 1e-6
 
 
 def explicit_steps(config: Path, overrides: list[str]) -> dict[str, Tensor]:
@@ -88,7 +90,7 @@ def explicit_steps(config: Path, overrides: list[str]) -> dict[str, Tensor]:
     for step in range(20):
         total = torch.zeros(())
         for name, task in experiment.tasks.items():
-            rows = RowOrder(len(splits[name]), experiment.seed, name).rows(
+            rows = RowOrder(len(splits[name]), experiment.seed, 0, name).rows(
                 step * task.batch_size, (step + 1) * task.batch_size
             )
             batch = make_batch(name, splits[name], rows)
@@ -232,15 +234,16 @@ def test_rejected_rows_are_listed_in_the_run_folder(tiny: Path) -> None:
 
 
 def test_evaluation_comes_after_each_epoch_and_at_the_end(tiny: Path) -> None:
-    rows, sizes = {"a": 100, "b": 10}, {"a": 8, "b": 8}
+    sizes = {"a": Size(100, 8), "b": Size(10, 8)}
 
-    def due(total: int, *overrides: str) -> list[int]:
+    def due(steps: int, *overrides: str) -> list[int]:
         config = load(Experiment, tiny, overrides)
-        return [done for done in range(1, total + 1) if evaluation_is_due(config, rows, sizes, done, total)]
+        return sorted(evaluation_steps(config, config.mixer.order(sizes, (0, 0), epochs=1, steps=steps)))
 
-    assert due(30) == [13, 25, 30]  # 100 rows in batches of 8: 12.5 steps
-    assert due(10) == [10]
-    assert due(10, "evaluate.every_steps=4") == [4, 8, 10]
+    assert due(30) == [13, 25]  # 100 rows in batches of 8: 12.5 steps; the last step is always followed by one
+    assert due(25) == [13]
+    assert due(10) == []
+    assert due(12, "evaluate.every_steps=4") == [4, 8]
 
 
 def test_no_dev_set_keeps_the_last_model(tiny: Path) -> None:

@@ -1,23 +1,31 @@
 """Which rows a step trains on, on which rank, and how they become packed tokens.
 
-All of it is a pure function of (seed, task, draw): a task's rows form an endless stream of shuffled epochs, draw d
+All of it is a pure function of (seed, stage, step): a task's rows form an endless stream of shuffled epochs, draw d
 takes rows d*B to (d+1)*B of it, and these are dealt to the ranks so that each gets nearly as many tokens as the others.
 """
 
 import hashlib
-import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from heapq import heapreplace
+from itertools import chain, islice
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtl_dist.data.mixer import Draw, Order
 from mtl_dist.data.prepare import Split
 from mtl_dist.model.encoder import Packed, pack
+from mtl_dist.tasks import Subsample
 
 FEISTEL_ROUNDS = 6
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,22 +60,28 @@ def make_batch(task: str, split: Split, rows: NDArray[np.int64], filler: bool = 
 
 
 class RowOrder:
-    """The endless stream of a split's rows: every row once, shuffled; then every row once, shuffled anew."""
+    """The endless stream of a task's train rows: every row of an epoch once, shuffled; then those of the next epoch."""
 
-    def __init__(self, num_rows: int, seed: int, task: str) -> None:
+    def __init__(self, num_rows: int, seed: int, stage: int, task: str, subsample: Subsample | None = None) -> None:
         self.num_rows = num_rows
-        self.seed = seed
-        self.task = task
+        self.epoch_rows = num_rows if subsample is None else subsample.rows
+        self.fixed = subsample is not None and subsample.subset == "fixed"
+        self.key = f"{seed}/{stage}/{task}"
+        self.subset_key = f"{seed}/{task}/subset"  # one for all stages
 
     def rows(self, start: int, stop: int) -> NDArray[np.int64]:
         """The rows at positions `start` to `stop` of the stream."""
-        epochs, positions = np.divmod(np.arange(start, stop), self.num_rows)
+        epochs, positions = np.divmod(np.arange(start, stop), self.epoch_rows)
         return np.concatenate(
-            [
-                permute(positions[epochs == epoch], self.num_rows, f"{self.seed}/{self.task}/{epoch}")
-                for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
-            ]
+            [self._of_epoch(epoch, positions[epochs == epoch]) for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)]
         )
+
+    def _of_epoch(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        key = f"{self.key}/{epoch}"
+        if self.fixed:
+            return permute(permute(positions, self.epoch_rows, key), self.num_rows, self.subset_key)
+        # The first few of a fresh shuffle are a fresh subset.
+        return permute(positions, self.num_rows, key)
 
 
 def permute(positions: NDArray[np.int64], num_rows: int, key: str) -> NDArray[np.int64]:
@@ -99,37 +113,117 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+class TrainRows:
+    """The train rows of a task, and which of them each draw takes, on all ranks together.
+
+    Within a window of some draws, and within an epoch, rows are sorted by length, cut into batches, and the batches
+    shuffled, so that sentences of like length meet. A window of one draw leaves the stream as it is.
+    """
+
+    def __init__(self, split: Split, order: RowOrder, batch_size: int, window: int = 1) -> None:
+        self.split = split
+        self.order = order
+        self.batch_size = batch_size
+        self.window_rows = window * batch_size
+        self._batches = lru_cache(maxsize=2)(self._sort_and_cut)  # neighbouring draws share a window, or two
+
+    def of_draw(self, draw: int) -> NDArray[np.int64]:
+        """The rows of a draw."""
+        position, stop = draw * self.batch_size, (draw + 1) * self.batch_size
+        parts = []
+        while position < stop:
+            window, epoch = position // self.window_rows, position // self.order.epoch_rows
+            start = max(window * self.window_rows, epoch * self.order.epoch_rows)
+            end = min((window + 1) * self.window_rows, (epoch + 1) * self.order.epoch_rows)
+            parts.append(self._batches(start, end)[draw])
+            position = end
+        return np.concatenate(parts)
+
+    def _sort_and_cut(self, start: int, end: int) -> dict[int, NDArray[np.int64]]:
+        """The rows that each draw takes from a stretch of the stream."""
+        rows = self.order.rows(start, end)
+        lengths = [self.split.length(row) for row in rows.tolist()]
+        draws = np.arange(start // self.batch_size, (end - 1) // self.batch_size + 1)
+        # The draws at both ends may lie only partly in the stretch.
+        sizes = np.minimum((draws + 1) * self.batch_size, end) - np.maximum(draws * self.batch_size, start)
+        shuffled = permute(np.arange(len(draws)), len(draws), f"{self.order.key}/batches/{start}")
+        cuts = np.split(rows[np.argsort(lengths, kind="stable")], np.cumsum(sizes[shuffled])[:-1])
+        return dict(zip(draws[shuffled].tolist(), cuts, strict=True))
+
+
 def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
     """Deals rows to `hands` so that their total lengths are nearly equal: longest first, each to the lightest hand."""
     dealt: list[list[int]] = [[] for _ in range(hands)]
-    totals = [0] * hands
+    totals = [(0, hand) for hand in range(hands)]
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        lightest = totals.index(min(totals))
+        total, lightest = totals[0]
         dealt[lightest].append(index)
-        totals[lightest] += lengths[index]
+        heapreplace(totals, (total + lengths[index], lightest))
     return dealt
 
 
 class TrainBatches:
-    """One rank's share of what each draw of a task trains on."""
+    """One rank's share of what each step trains on."""
 
-    def __init__(self, splits: dict[str, Split], batch_sizes: dict[str, int], seed: int, rank: int, world: int) -> None:
-        self.splits = splits
-        self.batch_sizes = batch_sizes
-        self.orders = {task: RowOrder(len(split), seed, task) for task, split in splits.items()}
+    def __init__(
+        self,
+        rows: Mapping[str, TrainRows],
+        order: Order,
+        rank: int,
+        world: int,
+        accumulation: int = 1,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.rows = rows
+        self.order = order
         self.rank = rank
         self.world = world
+        self.accumulation = accumulation
+        self.max_tokens = max_tokens
 
-    def of_draw(self, task: str, draw: int, micro_batches: int) -> Iterator[Batch]:
+    def of_step(self, step: int) -> tuple[list[Draw], list[Batch]]:
+        """The draws of a step, and this rank's micro-batches of them."""
+        draws = self.order.draws(step)
+        return draws, list(chain.from_iterable(self.of_draw(task, draw) for task, draw in draws))
+
+    def of_draw(self, task: str, draw: int) -> Iterator[Batch]:
         """This rank's micro-batches of a task's `draw`-th global batch; every rank gets the same number of them."""
-        split, size = self.splits[task], self.batch_sizes[task]
-        rows = self.orders[task].rows(draw * size, (draw + 1) * size)
+        split = self.rows[task].split
+        rows = self.rows[task].of_draw(draw)
         lengths = [split.length(row) for row in rows.tolist()]
-        mine = deal(lengths, self.world)[self.rank]
+        shares = deal(lengths, self.world)
+        mine = shares[self.rank]
         shortest = rows[[np.argmin(lengths)]]
-        for hand in deal([lengths[i] for i in mine], min(micro_batches, math.ceil(size / self.world))):
+        for hand in deal([lengths[i] for i in mine], self._micro_batches(lengths, shares)):
             # A rank that has run out of rows must still take part in what all ranks compute together.
             yield make_batch(task, split, rows[mine][hand] if hand else shortest, filler=not hand)
+
+    def _micro_batches(self, lengths: list[int], shares: list[list[int]]) -> int:
+        """How many micro-batches keep within `max_tokens` on every rank (or have one row only)."""
+        most = max(map(len, shares))
+        number = min(self.accumulation, most)
+        if self.max_tokens is not None:
+            by_share = [[lengths[i] for i in share] for share in shares]
+            fewest = -(-max(map(sum, by_share)) // self.max_tokens)
+            number = min(max(number, fewest), most)
+            while number < most and not all(self._fit(share, number) for share in by_share):
+                number += 1
+        return number
+
+    def _fit(self, lengths: list[int], number: int) -> bool:
+        return all(sum(lengths[i] for i in hand) <= (self.max_tokens or 0) for hand in deal(lengths, number))
+
+
+def prefetched(make: Callable[[int], T], indices: Iterable[int], ahead: int = 2) -> Iterator[T]:
+    """`make` of each index in turn, called in a thread while the caller works on the ones before."""
+    waiting: deque[Future[T]] = deque()
+    remaining = iter(indices)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
+        waiting.extend(pool.submit(make, index) for index in islice(remaining, ahead))
+        while waiting:
+            made = waiting.popleft().result()
+            waiting.extend(pool.submit(make, index) for index in islice(remaining, 1))
+            yield made
 
 
 def eval_batches(task: str, split: Split, rows: NDArray[np.int64], max_tokens: int) -> Iterator[Batch]:

@@ -3,8 +3,11 @@
 python -m pytest tests/data/test_batches.py
 """
 
+import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,8 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mtl_dist.data.batches import Batch, RowOrder, TrainBatches, deal, eval_batches, make_batch, permute
+from mtl_dist.data.batches import (
+    Batch,
+    RowOrder,
+    TrainBatches,
+    TrainRows,
+    deal,
+    eval_batches,
+    make_batch,
+    permute,
+    prefetched,
+)
+from mtl_dist.data.mixer import AnyMixer, Joint, RoundRobin, Size, Temperature
 from mtl_dist.data.prepare import Split
+from mtl_dist.tasks import Subsample
 
 
 class Rows(Split):
@@ -49,9 +64,10 @@ def skewed(num_rows: int) -> list[int]:
 
 
 def test_permute_is_a_bijection() -> None:
-    for num_rows in range(1, 601):
+    for num_rows in range(1, 5001):
         rows = permute(np.arange(num_rows), num_rows, "key")
-        assert sorted(rows.tolist()) == list(range(num_rows))
+        assert (np.bincount(rows, minlength=num_rows) == 1).all()
+        assert len(rows) == num_rows
 
 
 @pytest.mark.parametrize("sampled", [np.arange(16_000), np.arange(16_000) * 62_500 + 7], ids=["a run", "spread"])
@@ -73,28 +89,107 @@ def test_another_key_is_another_order() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 10, 25])
 def test_every_row_comes_once_an_epoch(batch: int) -> None:
-    order = RowOrder(10, seed=0, task="sst")
+    order = RowOrder(10, seed=0, stage=0, task="sst")
     stream = np.concatenate([order.rows(start, start + batch) for start in range(0, 10 * batch, batch)])
     epochs = stream.reshape(batch, 10)
     assert (np.sort(epochs) == np.arange(10)).all()
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == batch  # each shuffled anew
 
 
-def test_the_order_is_the_seeds_and_the_tasks() -> None:
-    orders = [RowOrder(100, seed, task).rows(0, 100).tolist() for seed in (0, 1) for task in ("sst", "sts")]
+def test_the_order_is_the_seeds_the_stages_and_the_tasks() -> None:
+    orders = [
+        RowOrder(100, seed, stage, task).rows(0, 100).tolist()
+        for seed in (0, 1)
+        for stage in (0, 1)
+        for task in ("sst", "sts")
+    ]
     assert all(orders.count(order) == 1 for order in orders)
-    assert RowOrder(100, 0, "sst").rows(0, 100).tolist() == orders[0]
+    assert RowOrder(100, 0, 0, "sst").rows(0, 100).tolist() == orders[0]
+
+
+def test_a_billion_rows_take_no_memory() -> None:
+    order = RowOrder(10**9, 0, 0, "web")
+    tracemalloc.start()
+    rows = np.concatenate([order.rows(start, start + 32) for start in range(10**12, 10**12 + 3200, 32)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(set(rows.tolist())) == 3200
+    assert peak < 200_000
+
+
+@pytest.mark.parametrize("subset", ["fresh", "fixed"])
+def test_a_subsample_has_so_many_rows_an_epoch(subset: str) -> None:
+    order = RowOrder(50, 0, 0, "quora", Subsample.model_validate({"rows": 20, "subset": subset}))
+    epochs = order.rows(0, 200).reshape(10, 20)
+    assert all(len(set(epoch)) == 20 for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 10  # shuffled anew in either case
+    assert len({frozenset(epoch) for epoch in epochs.tolist()}) == (1 if subset == "fixed" else 10)
+    assert epochs.max() > 40  # from all over the split, not its beginning
+
+
+def test_a_fixed_subset_is_the_same_in_every_stage() -> None:
+    fixed = Subsample(rows=20, subset="fixed")
+    subsets = [set(RowOrder(50, 0, stage, "quora", fixed).rows(0, 20).tolist()) for stage in (0, 1)]
+    assert subsets[0] == subsets[1]
+    assert subsets[0] != set(RowOrder(50, 1, 0, "quora", fixed).rows(0, 20).tolist())
+
+
+# Rows of like length
+
+
+@pytest.mark.parametrize("window", [1, 4, 64])
+@pytest.mark.parametrize(("num_rows", "size"), [(100, 8), (7, 32), (64, 16), (5, 1)])
+def test_a_window_moves_rows_within_their_epoch_only(window: int, num_rows: int, size: int) -> None:
+    rows = TrainRows(Rows(skewed(num_rows)), RowOrder(num_rows, 0, 0, "sst"), size, window)
+    stream = np.concatenate([rows.of_draw(draw) for draw in range(num_rows)])  # `size` epochs
+    assert len(stream) == num_rows * size
+    assert (np.bincount(stream, minlength=num_rows) == size).all()
+    # The first epoch ends in the draw that the stream's own order would end it in.
+    last = (num_rows - 1) // size
+    first_epoch = np.concatenate([rows.of_draw(draw) for draw in range(last + 1)])
+    assert set(first_epoch.tolist()) == set(range(num_rows))
+
+
+def test_a_window_of_one_draw_leaves_the_stream_as_it_is() -> None:
+    order = RowOrder(100, 0, 0, "sst")
+    rows = TrainRows(Rows(skewed(100)), order, 8)
+    for draw in (0, 12, 13):  # the second one reaches into the next epoch
+        assert sorted(rows.of_draw(draw).tolist()) == sorted(order.rows(draw * 8, (draw + 1) * 8).tolist())
+
+
+def test_a_window_brings_like_lengths_together_in_random_order() -> None:
+    lengths = skewed(1024)
+    rows = TrainRows(Rows(lengths), RowOrder(1024, 0, 0, "sst"), 32, window=32)
+    means = [np.mean([lengths[row] for row in rows.of_draw(draw)]) for draw in range(32)]
+    spreads = [np.ptp([lengths[row] for row in rows.of_draw(draw)]) for draw in range(32)]
+    assert np.median(spreads) <= 2  # of lengths from 3 to about 250
+    assert means != sorted(means)
+    rises = sum(a < b for a, b in pairwise(means))
+    assert 8 <= rises <= 23  # about half, as in any order
+
+
+def test_any_draw_can_be_asked_for_first() -> None:
+    def fresh() -> TrainRows:
+        return TrainRows(Rows(skewed(100)), RowOrder(100, 0, 0, "sst"), 8, window=4)
+
+    going_on = fresh()
+    expected = [going_on.of_draw(draw).tolist() for draw in range(40)]
+    assert [fresh().of_draw(draw).tolist() for draw in reversed(range(40))] == expected[::-1]
 
 
 # What a rank gets of a draw
 
 
-def share(batches: TrainBatches, draw: int, micro_batches: int) -> list[Batch]:
-    return list(batches.of_draw("sst", draw, micro_batches))
+def share(batches: TrainBatches, draw: int) -> list[Batch]:
+    return list(batches.of_draw("sst", draw))
 
 
-def ranks(split: Split, size: int, world: int) -> list[TrainBatches]:
-    return [TrainBatches({"sst": split}, {"sst": size}, seed=0, rank=rank, world=world) for rank in range(world)]
+def ranks(
+    split: Split, size: int, world: int, micro_batches: int = 1, max_tokens: int | None = None
+) -> list[TrainBatches]:
+    rows = {"sst": TrainRows(split, RowOrder(len(split), 0, 0, "sst"), size)}
+    order = Joint().order({"sst": Size(len(split), size)}, (0, 0), 1)
+    return [TrainBatches(rows, order, rank, world, micro_batches, max_tokens) for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -103,10 +198,10 @@ def ranks(split: Split, size: int, world: int) -> list[TrainBatches]:
 def test_the_ranks_share_the_global_batch(world: int, micro_batches: int, size: int) -> None:
     split = Rows(skewed(100))
     for draw in range(3):
-        shares = [share(batches, draw, micro_batches) for batches in ranks(split, size, world)]
+        shares = [share(batches, draw) for batches in ranks(split, size, world, micro_batches)]
         micros = [batch for of_rank in shares for batch in of_rank]
         rows = [row for batch in micros for row in batch.rows[batch.weight_N.numpy() > 0].tolist()]
-        expected = RowOrder(100, 0, "sst").rows(draw * size, (draw + 1) * size)
+        expected = RowOrder(100, 0, 0, "sst").rows(draw * size, (draw + 1) * size)
         assert sorted(rows) == sorted(expected.tolist())  # whatever the world
         assert {len(of_rank) for of_rank in shares} == {min(micro_batches, -(-size // world))}
         assert all(any(batch.weight_N.any() for batch in of_rank) for of_rank in shares) == (size >= world)
@@ -118,10 +213,57 @@ def test_the_ranks_share_the_global_batch(world: int, micro_batches: int, size: 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_get_nearly_equal_tokens(world: int, micro_batches: int) -> None:
     def tokens(batches: TrainBatches) -> int:
-        return sum(batch.packed.num_tokens for draw in range(100) for batch in share(batches, draw, micro_batches))
+        return sum(batch.packed.num_tokens for draw in range(100) for batch in share(batches, draw))
 
-    totals = [tokens(batches) for batches in ranks(Rows(skewed(2000)), 32, world)]
+    totals = [tokens(batches) for batches in ranks(Rows(skewed(2000)), 32, world, micro_batches)]
     assert max(totals) < 1.05 * min(totals)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("max_tokens", [1, 100, 300, 10**6])
+def test_micro_batches_keep_within_max_tokens(world: int, micro_batches: int, max_tokens: int) -> None:
+    split = Rows(skewed(100))
+    for draw in range(3):
+        shares = [share(batches, draw) for batches in ranks(split, 32, world, micro_batches, max_tokens)]
+        (number,) = {len(of_rank) for of_rank in shares}  # the same on every rank
+        micros = [batch for of_rank in shares for batch in of_rank]
+        assert all(batch.packed.num_tokens <= max_tokens or len(batch.rows) == 1 for batch in micros)
+        assert sum(int(batch.weight_N.sum()) for batch in micros) == 32
+        total = sum(batch.packed.num_tokens for batch in micros)
+        # No more of them than it takes: half-full ones could have been joined.
+        assert number <= max(micro_batches, 2 * total / world / max_tokens + 1)
+
+
+def test_max_tokens_worked_by_hand() -> None:
+    # 9 + 5 | 7 + 4 on the one rank: 14 and 11 tokens fit into 15, and the lone 25 would not.
+    (batches,) = ranks(Rows([9, 5, 7, 4]), 4, world=1, max_tokens=15)
+    assert sorted(batch.packed.num_tokens for batch in share(batches, 0)) == [12, 13]
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [Joint(), RoundRobin(when_dry="drop_out"), Temperature(draws_per_step=3), Temperature(draw="balanced")],
+    ids=lambda mixer: mixer.kind,
+)
+def test_a_step_is_the_same_from_the_start_and_after_a_resume(mixer: AnyMixer) -> None:
+    sizes = {"sst": Size(40, 8), "sts": Size(11, 3)}
+
+    def fresh(rank: int = 0, world: int = 1) -> TrainBatches:
+        rows = {
+            task: TrainRows(Rows(skewed(size.rows)), RowOrder(size.rows, 0, 0, task), size.batch_size, window=4)
+            for task, size in sizes.items()
+        }
+        return TrainBatches(rows, mixer.order(sizes, (0, 0), 1, steps=30), rank, world)
+
+    def content(step: int, *ranks: TrainBatches) -> list[tuple[str, int]]:
+        batches = [batch for of_rank in ranks for batch in of_rank.of_step(step)[1]]
+        return sorted((b.task, row) for b in batches for row in b.rows[b.weight_N.numpy() > 0].tolist())
+
+    going_on = fresh()
+    expected = [content(step, going_on) for step in range(30)]
+    assert [content(step, fresh()) for step in range(30)] == expected
+    assert [content(step, fresh(0, 2), fresh(1, 2)) for step in range(30)] == expected
 
 
 @given(lengths=st.lists(st.integers(1, 512), max_size=40), hands=st.integers(1, 9))
@@ -177,3 +319,48 @@ def test_evaluation_sees_every_row_once(max_tokens: int) -> None:
 
 def test_evaluation_of_no_rows_is_nothing() -> None:
     assert list(eval_batches("sst", Rows([3]), np.arange(0), 10)) == []
+
+
+# Ahead of the model
+
+
+def test_items_are_made_ahead_and_come_in_order() -> None:
+    made: list[int] = []
+
+    def make(index: int) -> int:
+        made.append(index)
+        return index * index
+
+    items = prefetched(make, range(5), ahead=2)
+    assert next(items) == 0
+    while len(made) < 3:  # two more are under way without being asked for
+        time.sleep(0.001)
+    assert list(items) == [1, 4, 9, 16]
+    assert made == [0, 1, 2, 3, 4]
+    assert list(prefetched(make, range(0))) == []
+
+
+def test_the_next_item_is_made_while_the_model_computes() -> None:
+    def make(index: int) -> int:
+        time.sleep(0.05)
+        return index
+
+    items = prefetched(make, range(6))
+    next(items)
+    waited = 0.0
+    for _ in range(5):
+        time.sleep(0.1)  # the model
+        start = time.perf_counter()
+        next(items)
+        waited += time.perf_counter() - start
+    assert waited < 0.05  # of 0.3 s that making them took
+
+
+def test_an_error_in_the_thread_is_the_callers() -> None:
+    def make(index: int) -> int:
+        return 1 // (2 - index)
+
+    items = prefetched(make, range(5))
+    assert [next(items), next(items)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(items)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     config(sub)
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in output_dir")
 
+    sub = command("plan", _plan, "say what training will draw, send and keep, and how long it takes, before it starts")
+    config(sub)
+    sub.add_argument("--ranks", type=int, metavar="W", help="processes to plan for; by default the ones launched")
+    sub.add_argument("--measure", action="store_true", help="time a few steps of each stage, on the processes launched")
+    as_json(sub)
+
     sub = command("eval", _eval, "score a run's best model")
     run_folder(sub)
     overrides(sub)
@@ -112,6 +119,35 @@ def _train(arguments: argparse.Namespace) -> None:
     from mtl_dist.train import train
 
     train(config, arguments.overwrite)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = launched if arguments.ranks is None else arguments.ranks
+    if ranks < 1:
+        raise UserError(f"--ranks is {ranks}; give 1 or more")
+    if arguments.measure and ranks != launched:
+        raise UserError(f"--ranks is {ranks}, but --measure runs on the processes launched, which are {launched}")
+    if not (arguments.measure or _is_first_rank()):
+        return
+    config = _experiment(arguments.config, arguments.overrides)
+    from mtl_dist.plan import measure, plan, tables
+    from mtl_dist.telemetry import make_console
+    from mtl_dist.tokenizer import load_tokenizer
+    from mtl_dist.train import load_data
+
+    tokenizer = load_tokenizer(config.encoder.tokenizer_source)
+    splits = load_data(config, tokenizer, make_console(_is_first_rank(), stderr=True))
+    planned = plan(config, tokenizer, splits, ranks)
+    if arguments.measure:
+        planned = measure(config, planned)
+    if not _is_first_rank():
+        return
+    if arguments.json:
+        print(json.dumps(asdict(planned), indent=2))
+    else:
+        for part in tables(planned):
+            _print(part)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -172,7 +208,9 @@ def _validate(arguments: argparse.Namespace) -> None:
             elif source is not None:
                 with _noting(problems):
                     # Test files often have no labels.
-                    counts[f"{name} {split}"] = count_rows(name, task, source, labelled=split != "test")
+                    counts[f"{name} {split}"] = count_rows(
+                        f"task '{name}', {split}", task, source, labelled=split != "test"
+                    )
     if problems:
         raise UserError("\n".join(problems))
     if arguments.json:

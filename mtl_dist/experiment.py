@@ -260,18 +260,20 @@ class Experiment(Config):
     ) -> Split | None:
         """The prepared rows of a task's split, or None where the task has no such split."""
         source = self.source(task, split)
-        return None if source is None else self.open_source(task, source, tokenizer, on_rows=on_rows)
+        return None if source is None else self.open_source(task, source, tokenizer, split, on_rows=on_rows)
 
     def open_source(
         self,
         task: str,
         source: Source,
         tokenizer: Tokenizer,
+        split: SplitName | None = None,
         labelled: bool = True,
         on_rows: Callable[[int], object] = lambda rows: None,
     ) -> Split:
         """The prepared rows of `source` as rows of a task; refuses bad rows unless the task skips them."""
         config, max_length = self.tasks[task], self.max_length(task)
         prepared = prepare(config, source, tokenizer, max_length, self.cache_dir, labelled=labelled, on_rows=on_rows)
-        refuse_unusable(task, config, source, len(prepared), prepared.rejected())
+        whose = f"task '{task}'" if split is None else f"task '{task}', {split}"
+        refuse_unusable(whose, config, source, len(prepared), prepared.rejected())
         return prepared

@@ -1,6 +1,8 @@
 """What several test files share: a tiny experiment whose three tasks a tiny encoder trains on in seconds."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -68,6 +70,14 @@ def write_rows(path: Path, task: str, rows: int) -> None:
         label = {"mood": rng.randrange(3), "same": rng.randrange(2), "near": round(5 * rng.random(), 1)}[task]
         lines.append("\t".join([f"{task}{row}", *texts, str(label)]))
     path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def brief_collections() -> Iterator[None]:
+    """Spares the garbage collections that end a run all that was there before it: they would take most of its time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

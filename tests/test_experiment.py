@@ -162,11 +162,11 @@ def test_bad_rows_are_refused_or_skipped(read: Read, tokenizer: Tokenizer) -> No
     strict = read("tasks.mine.bad_rows=error")
     for _ in range(2):  # the second time from the cache
         assert complaint(lambda: strict.open_split("mine", "train", tokenizer)).splitlines() == [
-            "x.tsv:3: y is 2, none of the classes 0 to 1 (task 'mine')",
-            "x.tsv:5: y is 3, none of the classes 0 to 1 (task 'mine')",
-            "x.tsv:6: y is 4, none of the classes 0 to 1 (task 'mine')",
-            "x.tsv:7: y is 5, none of the classes 0 to 1 (task 'mine')",
-            "x.tsv:8: y is 6, none of the classes 0 to 1 (task 'mine')",
+            "x.tsv:3: y is 2, none of the classes 0 to 1 (task 'mine', train)",
+            "x.tsv:5: y is 3, none of the classes 0 to 1 (task 'mine', train)",
+            "x.tsv:6: y is 4, none of the classes 0 to 1 (task 'mine', train)",
+            "x.tsv:7: y is 5, none of the classes 0 to 1 (task 'mine', train)",
+            "x.tsv:8: y is 6, none of the classes 0 to 1 (task 'mine', train)",
             "... and 2 more such rows; bad_rows: skip trains without them",
         ]
 
@@ -175,5 +175,5 @@ def test_bad_rows_are_refused_or_skipped(read: Read, tokenizer: Tokenizer) -> No
 def test_a_task_needs_a_row(read: Read, tokenizer: Tokenizer, labels: list[int], hint: str) -> None:
     write_rows("x.tsv", labels)
     assert complaint(lambda: read().open_split("mine", "train", tokenizer)) == (
-        f"x.tsv: no usable row for task 'mine'{hint}"
+        f"x.tsv: no usable row for task 'mine', train{hint}"
     )

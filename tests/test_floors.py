@@ -29,6 +29,7 @@ FLOORS = {
     "experiment": 5,
     "evaluate": 6,
     "train": 7,
+    "plan": 8,
     "cli": 9,
 }
 

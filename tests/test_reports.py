@@ -4,10 +4,9 @@ python -m pytest tests/test_reports.py
 """
 
 import csv
-import gc
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -345,15 +344,6 @@ def small(key: str, corpus: Path, *overrides: str, layers: int = 1) -> Experimen
     )
 
 
-@pytest.fixture
-def brief_collections() -> Iterator[None]:
-    """Spares the collections of garbage that end a run all that was there before it: they would take most of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("brief_collections")
 @pytest.mark.parametrize("key", [*BASES, *ROWS])
 def test_every_report_trains_and_scores_its_tasks(key: str, corpus: Path, tmp_path: Path) -> None:
     steps = [] if key in UNTRAINED else ["steps=2"]

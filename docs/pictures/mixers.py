@@ -64,9 +64,8 @@ def draw_annealed(axes: Axes) -> None:
     """The tasks' probabilities in each epoch."""
     order = Annealed().order(sizes(32), SEED, epochs=10)
     assert isinstance(order, SampledOrder)
-    epochs = [order.epochs_of(step) for step in [*order.slice_starts, order.steps]]
     for task, p_E in zip(order.tasks, order.p_EK.T, strict=True):
-        axes.stairs(p_E, epochs, baseline=None, color=COLOURS[task], linewidth=2)
+        axes.stairs(p_E, range(11), baseline=None, color=COLOURS[task], linewidth=2)
     label(axes, quora=(5.2, 0.78), sst=(6.2, 0.24), sts=(6.2, 0.07))
     axes.set(xlabel="annealed: epoch of ten", xlim=(0, 10), xticks=range(0, 11, 2), ylim=(0, 1))
 

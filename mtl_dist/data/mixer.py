@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from itertools import accumulate, count, islice, pairwise, takewhile
 from typing import Annotated, Any, Literal
 
@@ -66,10 +66,6 @@ class Order(ABC):
         """How many steps some epochs take."""
 
     @abstractmethod
-    def epochs_of(self, steps: int) -> float:
-        """How many epochs some steps make."""
-
-    @abstractmethod
     def draws(self, step: int) -> list[Draw]:
         """What a step trains on."""
 
@@ -117,9 +113,6 @@ class JointOrder(Order):
     def steps_of(self, epochs: Fraction) -> int:
         return math.ceil(epochs * self.batches)
 
-    def epochs_of(self, steps: int) -> float:
-        return float(steps / self.batches)
-
     def draws(self, step: int) -> list[Draw]:
         return [(task, step) for task in self.sizes]
 
@@ -148,9 +141,6 @@ class TurnsOrder(Order):
 
     def steps_of(self, epochs: Fraction) -> int:
         return len(self.tasks) * math.ceil(epochs * self.batches)
-
-    def epochs_of(self, steps: int) -> float:
-        return float(steps // len(self.tasks) / self.batches)
 
     def draws(self, step: int) -> list[Draw]:
         turn, place = divmod(step, len(self.tasks))
@@ -190,10 +180,6 @@ class EpochwiseOrder(Order):
             for whole in (math.floor(epochs), math.floor(epochs) + 1)
         )
         return before + math.ceil((epochs % 1) * (after - before))
-
-    def epochs_of(self, steps: int) -> float:
-        self._seek(steps)
-        return float(self.epoch + Fraction(steps - self.first_step, self.end_step - self.first_step))
 
     def draws(self, step: int) -> list[Draw]:
         self._seek(step)
@@ -397,9 +383,6 @@ class SampledOrder(Order):
     def steps_of(self, epochs: Fraction) -> int:
         return math.ceil(epochs * self.batches / self.draws_per_step)
 
-    def epochs_of(self, steps: int) -> float:
-        return float(steps * self.draws_per_step / self.batches)
-
     def draws(self, step: int) -> list[Draw]:
         start, stop = step * self.draws_per_step, (step + 1) * self.draws_per_step
         drawn: list[Draw] = []
@@ -467,7 +450,6 @@ def balanced(p_EK: NDArray[np.float64], slice_starts: list[int]) -> Iterator[int
 
     waiting = [(0.0, k, 1) for k in range(p_EK.shape[1]) if p_EK[:, k].any()]  # (not before, task, j)
     ready: list[tuple[float, int, int]] = []  # (due, task, j)
-    heapify(waiting)
     for n in count():
         while waiting and (waiting[0][0] < n + 1 or not ready):
             _, k, j = heappop(waiting)

@@ -167,7 +167,7 @@ def checked_rows(task: TaskConfig, source: Source, labelled: bool = True) -> Ite
         yield row if isinstance(row, BadRow) else task.check(row, labelled)
 
 
-def count_rows(task_name: str, task: TaskConfig, source: Source, labelled: bool = True) -> dict[str, int]:
+def count_rows(whose: str, task: TaskConfig, source: Source, labelled: bool = True) -> dict[str, int]:
     """How many rows are usable and how many not, as `refuse_unusable` allows."""
     usable, bad = 0, []
     for row in checked_rows(task, source, labelled):
@@ -175,22 +175,22 @@ def count_rows(task_name: str, task: TaskConfig, source: Source, labelled: bool 
             bad.append(row)
         else:
             usable += 1
-    refuse_unusable(task_name, task, source, usable, bad)
+    refuse_unusable(whose, task, source, usable, bad)
     return {"usable": usable, "rejected": len(bad)}
 
 
 def refuse_unusable(
-    task_name: str, task: TaskConfig, source: Source, usable: int, bad: Sequence[BadRow], shown: int = 5
+    whose: str, task: TaskConfig, source: Source, usable: int, bad: Sequence[BadRow], shown: int = 5
 ) -> None:
-    """Raises if there are bad rows that the task does not skip, or no others."""
+    """Raises if there are bad rows that the task does not skip, or no others; `whose` names task and split."""
     if bad and task.bad_rows == "error":
-        lines = [f"{place(source, row.line)}: {row.message} (task '{task_name}')" for row in bad[:shown]]
+        lines = [f"{place(source, row.line)}: {row.message} ({whose})" for row in bad[:shown]]
         if len(bad) > shown:
             lines.append(f"... and {len(bad) - shown} more such rows; bad_rows: skip trains without them")
         raise UserError("\n".join(lines))
     if not usable:
         hint = "; bad_rows: error tells why" if bad else ""
-        raise UserError(f"{name_of(source)}: no usable row for task '{task_name}'{hint}")
+        raise UserError(f"{name_of(source)}: no usable row for {whose}{hint}")
 
 
 def _write(

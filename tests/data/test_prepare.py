@@ -180,19 +180,19 @@ def test_a_message_is_one_line_whatever_it_names(tmp_path: Path, tokenizer: Toke
 def test_counting_refuses_what_training_refuses(tmp_path: Path) -> None:
     good, bad = some_rows(2), [{"id": i, "u": "a", "v": "b", "y": i} for i in range(90, 97)]
     source = written(tmp_path / "x.jsonl", [*good, *bad])
-    assert count_rows("sts", task(bad_rows="skip"), source) == {"usable": 2, "rejected": 7}
+    assert count_rows("task 'sts', dev", task(bad_rows="skip"), source) == {"usable": 2, "rejected": 7}
     with pytest.raises(UserError) as caught:
-        count_rows("sts", task(), source)
+        count_rows("task 'sts', dev", task(), source)
     assert str(caught.value).splitlines() == [
-        *(f"{source.path}:{i + 3}: y is {90 + i}, outside the range [0, 5] (task 'sts')" for i in range(5)),
+        *(f"{source.path}:{i + 3}: y is {90 + i}, outside the range [0, 5] (task 'sts', dev)" for i in range(5)),
         "... and 2 more such rows; bad_rows: skip trains without them",
     ]
     for rows, hint in ((bad, "; bad_rows: error tells why"), ([], "")):
         source = written(tmp_path / "x.tsv", [])
         source.path.write_text("\t".join(FIELDS) + "\n" + "".join(f"{row['id']}\ta\tb\t9\n" for row in rows))
         with pytest.raises(UserError) as caught:
-            count_rows("sts", task(bad_rows="skip"), source)
-        assert str(caught.value) == f"{source.path}: no usable row for task 'sts'{hint}"
+            count_rows("task 'sts', train", task(bad_rows="skip"), source)
+        assert str(caught.value) == f"{source.path}: no usable row for task 'sts', train{hint}"
 
 
 # The cache

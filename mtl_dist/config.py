@@ -29,6 +29,14 @@ class UserError(Exception):
     """A mistake in what the user wrote; the message is all they see."""
 
 
+class MisfitError(ValueError):
+    """For validators that see several parts of a config: which of them does not fit the others."""
+
+    def __init__(self, keys: Keys, message: str) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
     """Makes a line for the user of an error of the operating system: `what` could not be done, and why."""
@@ -288,7 +296,9 @@ def _complaint(model: type[Config], mistake: dict[str, Any]) -> tuple[Keys, str]
         case "union_tag_not_found":
             text = f"{name} is missing; {must}"
         case "value_error" | "assertion_error":
-            text = f"{name}: {mistake['ctx']['error']}" if keys else str(mistake["ctx"]["error"])
+            reason = mistake["ctx"]["error"]
+            text = f"{name}: {reason}" if keys else str(reason)
+            keys = (*keys, *reason.keys) if isinstance(reason, MisfitError) else keys
         case _ if wanted := _WANTED.get(error.removesuffix("_type")):
             text = f"{name} is {_show(value)}, not {wanted}"
         case _:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,7 @@ from pydantic import (
 from tokenizers import Tokenizer
 from torch import nn
 
-from mtl_dist.config import Config, UserError, UserPath, overlay
+from mtl_dist.config import Config, Keys, MisfitError, UserError, UserPath
 from mtl_dist.data.mixer import AnyMixer, Joint, Order, Size
 from mtl_dist.data.prepare import Split, prepare, refuse_unusable
 from mtl_dist.data.read import Source
@@ -94,7 +94,7 @@ Epochs = Annotated[float, Field(ge=0, le=1e6)]
 class StageConfig(Config):
     """One stage of the training; what it leaves out is as the experiment says."""
 
-    name: str | None = None  # by default its number, from 1
+    name: str | None = Field(None, min_length=1)  # by default its number, from 1
     tasks: list[TaskName] | None = Field(None, min_length=1)  # the ones it trains; all are scored after it
     mixer: AnyMixer | None = None
     epochs: Epochs | None = None
@@ -112,6 +112,7 @@ class Stage:
 
     number: int
     name: str
+    label: str  # what errors begin with: nothing where there is only one
     tasks: dict[str, TaskConfig]
     mixer: AnyMixer
     epochs: float
@@ -129,7 +130,10 @@ class Stage:
             if wanted > rows[name]:
                 raise UserError(f"tasks.{name}.subsample.rows is {wanted:,}, but train has only {rows[name]:,} rows")
             sizes[name] = Size(wanted, task.batch_size)
-        return self.mixer.order(sizes, (seed, self.number), self.epochs, self.steps)
+        try:
+            return self.mixer.order(sizes, (seed, self.number), self.epochs, self.steps)
+        except UserError as error:
+            raise UserError(f"{self.label}{error}") from None
 
 
 class EvaluateConfig(Config):
@@ -172,62 +176,74 @@ class Experiment(Config):
     log: LogConfig = LogConfig()
     distributed: DistributedConfig = DistributedConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _inherit_gradients(cls, raw: Any) -> Any:
+    @model_validator(mode="after")
+    def _inherit_gradients(self) -> "Experiment":
         """Lays what a stage says of gradients over what the experiment says."""
-        match raw:
-            case {"gradients": dict(gradients), "stages": [*stages]}:
-                return raw | {
-                    "stages": [
-                        stage | {"gradients": overlay(gradients, stage["gradients"])}
-                        if isinstance(stage, dict) and isinstance(stage.get("gradients"), dict)
-                        else stage
-                        for stage in stages
-                    ]
-                }
-        return raw
+        stages = []
+        for stage in self.stages:
+            if stage.gradients is not None:
+                own = {name: getattr(stage.gradients, name) for name in stage.gradients.model_fields_set}
+                stage = stage.model_copy(update={"gradients": self.gradients.model_copy(update=own)})
+            stages.append(stage)
+        self.__dict__["stages"] = stages  # frozen for everybody else
+        return self
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "Experiment":
         for index, config in enumerate(self.stages):
+            here = f"stages[{index}]"
             if config.epochs is not None and config.steps is not None:
-                raise ValueError(f"stages[{index}] has both epochs and steps; give one of them")
-            if strangers := [name for name in config.tasks or [] if name not in self.tasks]:
-                raise ValueError(
-                    f"stages[{index}].tasks: there is no task '{strangers[0]}', only {', '.join(self.tasks)}"
+                raise MisfitError(("stages", index), f"{here} has both epochs and steps; give one of them")
+            if config.carry_moments and index == 0:
+                raise MisfitError(
+                    ("stages", 0, "carry_moments"), f"{here}.carry_moments: no stage comes before this one"
                 )
+            for name in config.tasks or []:
+                if name not in self.tasks:
+                    known = ", ".join(self.tasks)
+                    raise MisfitError(
+                        ("stages", index, "tasks"), f"{here}.tasks: there is no task '{name}', only {known}"
+                    )
             if config.tasks is not None and len(set(config.tasks)) < len(config.tasks):
-                raise ValueError(f"stages[{index}].tasks names a task twice: {', '.join(config.tasks)}")
+                twice = ", ".join(config.tasks)
+                raise MisfitError(("stages", index, "tasks"), f"{here}.tasks names a task twice: {twice}")
+        names = [stage.name for stage in self.all_stages()]
+        if len(set(names)) < len(names):
+            raise MisfitError(("stages",), f"stages: two have the same name: {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _mixers_fit(self) -> "Experiment":
         for index, stage in enumerate(self.all_stages()):
             own = bool(self.stages) and self.stages[index].mixer is not None
+            keys: Keys = ("stages", index, "mixer") if own else ("mixer",)
             try:
                 stage.mixer.refuse_others(list(stage.tasks))
             except ValueError as error:
-                raise ValueError(f"{f'stages[{index}].' if own else ''}mixer.{error}") from None
-        names = [stage.name for stage in self.all_stages()]
-        if len(set(names)) < len(names):
-            raise ValueError(f"stages: two have the same name: {', '.join(names)}")
+                raise MisfitError(keys, f"{stage.label}mixer.{error}") from None
         return self
 
     @model_validator(mode="after")
     def _best_is_scored(self) -> "Experiment":
         scored = [name for name, task in self.tasks.items() if task.dev is not None]
         choices = [*OVERALL, *scored]
-        if self.evaluate.best_by not in choices:
-            raise ValueError(f"evaluate.best_by is '{self.evaluate.best_by}', none of {', '.join(choices)}")
+        if (best_by := self.evaluate.best_by) not in choices:
+            message = f"evaluate.best_by is '{best_by}', none of {', '.join(choices)}"
+            raise MisfitError(("evaluate", "best_by"), message)
         return self
 
     def all_stages(self) -> list[Stage]:
         """The stages in their order, each with what it takes from the experiment."""
         stages = []
         for number, stage in enumerate(self.stages or [StageConfig()]):
+            name = stage.name or str(number + 1)
             own_length = stage.epochs is not None or stage.steps is not None
             changes = {"lr": stage.lr, "schedule": stage.schedule}
             stages.append(
                 Stage(
                     number=number,
-                    name=stage.name or str(number + 1),
+                    name=name,
+                    label=f"stage '{name}': " if self.stages else "",
                     tasks={name: self.tasks[name] for name in stage.tasks or self.tasks},
                     mixer=stage.mixer or self.mixer,
                     epochs=self.epochs if stage.epochs is None else stage.epochs,

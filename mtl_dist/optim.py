@@ -13,9 +13,8 @@ import math
 import re
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from difflib import get_close_matches
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -187,12 +186,8 @@ def build_optimizer(
     config: OptimConfig,
     device_type: str,
     trains: Sequence[str] = EVERYTHING,
-    moments: Mapping[Tensor, dict[str, Any]] = MappingProxyType({}),
 ) -> Optimizer:
-    """AdamW over what the rules let train of that which `trains` matches; `requires_grad` is set to agree.
-
-    `moments` is the state of an earlier optimizer, from which this one goes on.
-    """
+    """AdamW over what the rules let train of that which `trains` matches; `requires_grad` is set to agree."""
     parameters = dict(named_parameters)
     _check_rules(config.rules, parameters)
     for pattern in trains:
@@ -219,15 +214,11 @@ def build_optimizer(
         }
         for (lr_scale, weight_decay), params in params_by_setting.items()
     ]
-    optimizer: Optimizer
     if config.implementation == "foreach" or (config.implementation == "auto" and device_type != "cuda"):
-        optimizer = AdamW(groups, betas=config.betas, eps=config.eps)
-    elif device_type in FUSED_DEVICES:
-        optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
-    else:
+        return AdamW(groups, betas=config.betas, eps=config.eps)
+    if device_type not in FUSED_DEVICES:
         raise UserError(f"optim.implementation is 'fused', which torch lacks on '{device_type}'; use 'auto'")
-    optimizer.state.update({param: moments[param] for group in groups for param in group["params"] if param in moments})
-    return optimizer
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -5,7 +5,6 @@ config, splits -> plan -> (measure: a few timed steps) -> tables, or JSON with t
 
 import io
 import json
-import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,13 +16,12 @@ from statistics import median
 
 from rich.console import RenderableType
 from rich.filesize import decimal
-from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
 from mtl_dist.data.mixer import Explicit, Order, SampledOrder
 from mtl_dist.experiment import Experiment, LogConfig, StageConfig
-from mtl_dist.telemetry import METRICS
+from mtl_dist.telemetry import METRICS, plain_table
 from mtl_dist.train import Splits, build_model, stage_optimizer, train
 
 MOST_READS = 4  # of a row, up to which reading it again is nearly as good as reading another one
@@ -106,7 +104,7 @@ def plan(config: Experiment, tokenizer: Tokenizer, splits: Splits, ranks: int) -
     stages = []
     for stage in config.all_stages():
         order = stage.order(rows, config.seed)
-        stage_optimizer(model, stage, "cpu", {})  # which sets what the stage trains
+        stage_optimizer(model, stage, "cpu")  # which sets what the stage trains
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         probability = probabilities(order)
         tasks = {}
@@ -150,7 +148,7 @@ def measure(config: Experiment, plan: Plan) -> Plan:
     if plan.steps:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
             train(timed_run(config, plan, Path(folder)))
-            if os.environ.get("RANK", "0") != "0":
+            if not (Path(folder) / METRICS).exists():  # one rank alone writes them
                 return plan
             for record in map(json.loads, (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()):
                 if record["kind"] == "train":
@@ -189,7 +187,9 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     for stage in plan.stages:
         if several:
             yield Text(f"stage {stage.name}", style="bold")
-        table = _table("task", "rows of an epoch", "probability", "draws", "rows drawn", "epochs", "")
+        table = plain_table(
+            "task", "rows of an epoch", "probability", "draws", "rows drawn", "epochs", "", texts=("task", "")
+        )
         for name, task in stage.tasks.items():
             rows = f"{task.epoch_rows:,}" + (f" of {task.rows:,}" if task.epoch_rows < task.rows else "")
             first, last = (f"{probability:.1%}" for probability in task.probability)
@@ -204,7 +204,9 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         counted = "; stages add up" if several else ""
         yield f"! rows read more than {MOST_READS} times teach little new (Muennighoff et al. 2023){counted}\n"
 
-    table = _table("stage", "steps", "tokens", "trained parameters", "sent per step", "gradients", "moments")
+    table = plain_table(
+        "stage", "steps", "tokens", "trained parameters", "sent per step", "gradients", "moments", texts=["stage"]
+    )
     for stage in plan.stages:
         counts = (f"{number:,.0f}" for number in (stage.steps, stage.tokens, stage.trained_parameters))
         sizes = (stage.cost.bytes_sent_per_step, stage.cost.gradient_bytes, stage.cost.moment_bytes)
@@ -216,7 +218,7 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     yield "task gradients  none: the sum keeps none per task"
 
     if plan.seconds is not None:
-        table = _table("stage", "seconds per step", "tokens per second", "estimated time")
+        table = plain_table("stage", "seconds per step", "tokens per second", "estimated time", texts=["stage"])
         for stage in plan.stages:
             speeds = (f"{stage.seconds_per_step or 0:.4f}", f"{stage.tokens_per_second or 0:,.0f}")
             table.add_row(stage.name, *(speeds if stage.steps else ("", "")), _duration(stage.seconds))
@@ -225,13 +227,6 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         yield ""
         yield table
         yield "measured here; evaluations come on top"
-
-
-def _table(first: str, *numbers: str) -> Table:
-    table = Table(first, header_style="bold", box=None, padding=(0, 2, 0, 0))
-    for column in numbers:
-        table.add_column(column, justify="right" if column else "left")
-    return table
 
 
 def _duration(seconds: float | None) -> str:

@@ -6,7 +6,7 @@ On a terminal the screen is a table of the tasks over a bar; elsewhere every rep
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -114,10 +114,7 @@ class Screen:
         self.live = Live(self, console=console, auto_refresh=False) if console.is_terminal else None
 
     def __rich__(self) -> Group:
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        table.add_column("task", min_width=4)
-        for column in ("loss", "draws", "examples", "dev"):
-            table.add_column(column, justify="right")
+        table = plain_table("task", "loss", "draws", "examples", "dev", texts=["task"])
         for task in self.dev:
             table.add_row(task, *self._cells(task), self.dev[task])
         return Group(table, self.bar)
@@ -174,12 +171,17 @@ def shown_score(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
 
 
+def plain_table(*columns: str, texts: Collection[str]) -> Table:
+    """A table without lines, whose columns are numbers but for `texts`."""
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="left" if column in texts else "right", min_width=4 if column == "task" else 0)
+    return table
+
+
 def score_table(scores: Mapping[str, Any], main: Mapping[str, str]) -> Table:
     """The scores of every task, its main metric first."""
-    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("task", min_width=4)
-    for column in ("rows", "metric", "score", "others"):
-        table.add_column(column, justify="right" if column in ("rows", "score") else "left")
+    table = plain_table("task", "rows", "metric", "score", "others", texts=("task", "metric", "others"))
     for task, values in scores["tasks"].items():
         numbers = {name: value for name, value in values.items() if name not in ("rows", "confusion")}
         best = numbers.pop(main[task])
@@ -193,11 +195,8 @@ def score_table(scores: Mapping[str, Any], main: Mapping[str, str]) -> Table:
 
 def stage_table(after_stage: Mapping[str, Mapping[str, Any]], main: Mapping[str, str]) -> Table:
     """Every task's main metric after each stage: what a stage taught, and what it made the model forget."""
-    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("after stage")
     tasks = list(next(iter(after_stage.values()))["tasks"])
-    for name in (*(f"{task} {main[task]}" for task in tasks), *OVERALL):
-        table.add_column(name, justify="right")
+    table = plain_table("after stage", *(f"{task} {main[task]}" for task in tasks), *OVERALL, texts=["after stage"])
     for stage, scores in after_stage.items():
         values = [scores["tasks"][task][main[task]] for task in tasks] + [scores.get(name) for name in OVERALL]
         table.add_row(stage, *map(shown_score, values))

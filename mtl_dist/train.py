@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtl_dist.config import CONFIG_FILE, UserError, dump, refusing
-from mtl_dist.data.batches import Batch, RowOrder, TrainBatches, TrainRows, prefetched
+from mtl_dist.data.batches import Batch, RowStream, TrainBatches, TrainRows, prefetched
 from mtl_dist.data.mixer import Draw, Order
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import place
@@ -40,6 +40,7 @@ from mtl_dist.telemetry import (
     StepReport,
     counting,
     make_console,
+    plain_table,
     score_table,
     stage_table,
 )
@@ -85,11 +86,14 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
         for stage, order in zip(stages, orders, strict=True):
             if len(stages) > 1:
                 screen.line(f"stage {stage.name}: {', '.join(stage.tasks)}, {order.steps:,} steps")
-            optimizer = stage_optimizer(model, stage, device.type, carried if stage.carry_moments else {})
-            ddp_model, optimizer = accelerator.prepare(model, optimizer)
+            ddp_model, optimizer = accelerator.prepare(model, stage_optimizer(model, stage, device.type))
             model = accelerator.unwrap_model(ddp_model)
+            if stage.carry_moments:
+                optimizer.state.update({p: carried[p] for p in model.parameters() if p.requires_grad and p in carried})
             batches = train_batches(config, stage, order, splits["train"], rank, world)
-            evaluated_after = evaluation_steps(config, order)
+            evaluations = evaluation_steps(config, order)
+            next_evaluation = next(evaluations, None)
+            meter.restart()
             for step, (draws, micro_batches) in enumerate(meter.waits(prefetched(batches.of_step, range(order.steps)))):
                 seed_step(config.seed, done, rank)
                 set_lr(optimizer, stage.optim.lr * stage.optim.schedule.factor(step, order.steps))
@@ -116,15 +120,14 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
                     screen.steps(report)
                     if recorder:
                         recorder.record(done, "train", report.as_record())
-                if step + 1 in evaluated_after:
+                if step + 1 == next_evaluation:
+                    next_evaluation = next(evaluations, None)
                     with meter.paused():
                         judge.evaluate(model, stage.name, done)
-            with meter.paused():
-                judge.evaluate(model, stage.name, done)
-                if any(later.carry_moments for later in stages[stage.number + 1 :]):
-                    carried |= optimizer.state
-                accelerator.free_memory()
-                model = accelerator.unwrap_model(ddp_model, keep_fp32_wrapper=False)
+            judge.evaluate(model, stage.name, done)
+            carried = carried | optimizer.state if any(s.carry_moments for s in stages[stage.number + 1 :]) else {}
+            accelerator.free_memory()
+            model = accelerator.unwrap_model(ddp_model, keep_fp32_wrapper=False)
     if recorder:
         recorder.close()
         show_results(config, judge, screen, total_steps)
@@ -148,21 +151,22 @@ def build_model(config: Experiment, tokenizer: Tokenizer, device_type: str) -> M
     torch.manual_seed(config.seed)
     model = MultiTaskModel(build_encoder(config.encoder, tokenizer), config.tasks)
     for stage in config.all_stages():
-        stage_optimizer(model, stage, device_type, {})
+        stage_optimizer(model, stage, device_type)
     return model
 
 
-def stage_optimizer(
-    model: MultiTaskModel, stage: Stage, device_type: str, moments: Mapping[Tensor, dict[str, Any]]
-) -> Optimizer:
+def stage_optimizer(model: MultiTaskModel, stage: Stage, device_type: str) -> Optimizer:
     """The optimizer of a stage; refuses a task that would change no parameter."""
-    optimizer = build_optimizer(model.named_parameters(), stage.optim, device_type, stage.trains, moments)
+    try:
+        optimizer = build_optimizer(model.named_parameters(), stage.optim, device_type, stage.trains)
+    except UserError as error:
+        raise UserError(f"{stage.label}{error}") from None
     for name, task in stage.tasks.items():
         used = [model.encoder.embeddings, model.encoder.layers, model.heads[name]]
         used += [model.encoder.pooler] if task.pooling == "pooler" else []
         if not any(parameter.requires_grad for part in used for parameter in part.parameters()):
             raise UserError(
-                f"task '{name}' has nothing to train in stage '{stage.name}': "
+                f"{stage.label}task '{name}' has nothing to train: "
                 "trains and optim.rules freeze the encoder and all of its head"
             )
     return optimizer
@@ -175,7 +179,7 @@ def train_batches(
     rows = {
         name: TrainRows(
             splits[name],
-            RowOrder(len(splits[name]), config.seed, stage.number, name, task.subsample),
+            RowStream(len(splits[name]), config.seed, stage.number, name, task.subsample),
             task.batch_size,
             config.length_window,
         )
@@ -215,12 +219,16 @@ def start_run_folder(config: Experiment, splits: Splits, overwrite: bool) -> Non
                     file.writelines(f"{name}\t{place(split.source, b.line)}\t{b.message}\n" for b in split.rejected())
 
 
-def evaluation_steps(config: Experiment, order: Order) -> set[int]:
+def evaluation_steps(config: Experiment, order: Order) -> Iterator[int]:
     """After which steps of a stage the dev sets are scored, besides the last: at intervals, or after each epoch."""
-    if config.evaluate.every_steps is not None:
-        return set(range(config.evaluate.every_steps, order.steps, config.evaluate.every_steps))
-    ends = (order.steps_of(Fraction(epoch)) for epoch in count(1))
-    return set(takewhile(lambda end: end < order.steps, ends))
+    if (every := config.evaluate.every_steps) is not None:
+        yield from range(every, order.steps, every)
+        return
+    before = 0
+    for end in takewhile(lambda end: end < order.steps, (order.steps_of(Fraction(epoch)) for epoch in count(1))):
+        if end > before:  # epochs of few rows may be shorter than a step
+            yield end
+        before = end
 
 
 class Judge:
@@ -252,7 +260,8 @@ class Judge:
         self.screen.scores(step, main_scores(config.tasks, scores), scores)
         if self.recorder:
             self.recorder.record(step, "dev", {"stage": stage, **scores})
-        if not self.best or deciding_score(config, scores) > deciding_score(config, self.best):
+        # With nothing to score the last model is the best.
+        if not self.splits or not self.best or deciding_score(config, scores) > deciding_score(config, self.best):
             self.best = {"step": step, **scores}
             if self.accelerator.is_main_process:
                 save_model(model, self.tokenizer, config.output_dir / BEST, self.best)
@@ -260,9 +269,7 @@ class Judge:
 
 def data_table(splits: Splits) -> Table:
     """What the prepared data holds, and what was left out of it."""
-    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
-    for column in ("task", "split", "rows", "tokens", "skipped rows", "cut inputs"):
-        table.add_column(column, justify="left" if column in ("task", "split") else "right")
+    table = plain_table("task", "split", "rows", "tokens", "skipped rows", "cut inputs", texts=("task", "split"))
     for split_name, by_task in splits.items():
         for name, split in by_task.items():
             numbers = (len(split), split.num_tokens, split.num_rejected, split.num_truncated)
@@ -291,9 +298,10 @@ class Meter:
         self.draws = dict.fromkeys(sizes, 0)
         self.skipped = 0
         self.loss_scale = self._loss_scale()
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begins to count anew."""
         self.loss_sums = {task: torch.zeros((), device=self.accelerator.device) for task in self.sizes}
         self.new_draws = dict.fromkeys(self.sizes, 0)
         self.tokens = 0
@@ -365,5 +373,5 @@ class Meter:
             gradient_norm=None if self.norm is None else float(self.norm),
             skipped_steps=self.skipped,
         )
-        self._restart()
+        self.restart()
         return report

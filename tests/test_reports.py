@@ -377,7 +377,7 @@ def learning_rates(key: str, corpus: Path, layers: int) -> list[dict[str, float]
     return [
         {
             names[parameter]: group["lr"]
-            for group in stage_optimizer(model, stage, "cpu", {}).param_groups
+            for group in stage_optimizer(model, stage, "cpu").param_groups
             for parameter in group["params"]
         }
         for stage in experiment.all_stages()

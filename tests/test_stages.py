@@ -15,76 +15,40 @@ from rich.console import Console
 from torch import Tensor
 
 from mtl_dist.config import UserError, load
-from mtl_dist.data.batches import RowOrder, TrainRows, make_batch
+from mtl_dist.data.batches import TrainBatches, make_batch
 from mtl_dist.experiment import Experiment
-from mtl_dist.model.multitask import MultiTaskModel
-from mtl_dist.model.weights import build_encoder
 from mtl_dist.tokenizer import load_tokenizer
 from mtl_dist.train import load_data
 from tests.distributed import on_ranks
-from tests.test_train import NO_DROPOUT, far_apart, run
+from tests.training import NO_DROPOUT, far_apart, run, written_out
 
 QUIET = [*NO_DROPOUT, "evaluate.every_steps=100", "log.tensorboard=false"]
-TWO_STAGES = """stages=[
+# Without dev sets it is the last model that is kept.
+LAST = [*QUIET, *(f"tasks.{task}.dev=null" for task in ("mood", "same", "near"))]
+STAGES = """stages=[
+    {name: heads, tasks: [mood, same], trains: heads, steps: 3, lr: 1.0e-2},
     {name: first, tasks: [mood, same], steps: 7, lr: 2.0e-3, schedule: {kind: linear, warmup_steps: 3},
-     mixer: {kind: temperature, draws_per_step: 2}},
-    {name: second, tasks: [near, mood], epochs: 1, mixer: {kind: sequential}, gradients: {reweight: per_sample}},
+     mixer: {kind: temperature, draws_per_step: 3}, gradients: {reweight: per_sample}},
+    {name: second, tasks: [near, mood], epochs: 1, mixer: {kind: sequential}},
 ]"""
-CARRIED = "stages.1.carry_moments=true"
-
-
-def written_out(config: Path, *overrides: str) -> dict[str, Tensor]:
-    """All stages with torch's AdamW and one loss over the global batches; no Accelerate, no packing ahead.
-
-    Every step is asked for by itself, of orders and rows that were just made: as after a resume at that very step.
-    """
-    experiment = load(Experiment, config, overrides)
-    tokenizer = load_tokenizer(experiment.encoder.tokenizer_source)
-    splits = load_data(experiment, tokenizer, Console(quiet=True))["train"]
-    counts = {name: len(split) for name, split in splits.items()}
-    torch.manual_seed(experiment.seed)
-    model = MultiTaskModel(build_encoder(experiment.encoder, tokenizer), experiment.tasks)
-    optimizer = None
-    for stage in experiment.all_stages():
-        if optimizer is None or not stage.carry_moments:
-            # No decay, so the parameter rules change nothing.
-            optimizer = torch.optim.AdamW(model.parameters(), eps=1e-4, weight_decay=0)
-        steps = stage.order(counts, experiment.seed).steps
-        for step in range(steps):
-            draws = stage.order(counts, experiment.seed).draws(step)
-            sizes = [experiment.tasks[task].batch_size for task, _ in draws]
-            total = torch.zeros(())
-            for (name, draw), size in zip(draws, sizes, strict=True):
-                task = experiment.tasks[name]
-                order = RowOrder(counts[name], experiment.seed, stage.number, name, task.subsample)
-                rows = TrainRows(splits[name], order, size, experiment.length_window).of_draw(draw)
-                batch = make_batch(name, splits[name], rows)
-                losses = task.loss.per_example(model(name, batch.packed), batch.gold_N, task.label)
-                per_sample = stage.gradients.reweight == "per_sample"
-                total = total + task.weight * losses.sum() / (sum(sizes) / len(sizes) if per_sample else size)
-            for group in optimizer.param_groups:
-                group["lr"] = stage.optim.lr * stage.optim.schedule.factor(step, steps)
-            optimizer.zero_grad()
-            total.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-    return {name: p.detach() for name, p in model.named_parameters()}
+CARRIED = "stages.2.carry_moments=true"
 
 
 @pytest.mark.parametrize("changes", [[], [CARRIED], ["tasks.mood.subsample={rows: 20, subset: fixed}"]], ids=str)
 def test_stages_are_one_training_after_the_other(tiny: Path, changes: list[str]) -> None:
-    overrides = [*QUIET, TWO_STAGES, *changes]
+    overrides = [*LAST, STAGES, *changes]
     assert far_apart(run(tiny, *overrides)["parameters"], written_out(tiny, *overrides)) < 1e-6
 
 
 def test_stages_do_not_depend_on_the_number_of_processes(tiny: Path) -> None:
-    overrides = [*QUIET, TWO_STAGES, CARRIED]
+    overrides = [*LAST, STAGES, CARRIED]
     expected = written_out(tiny, *overrides)
     for world in (2, 4):
         for other in on_ranks(world, run, tiny, *overrides):
             assert far_apart(other["parameters"], expected) < 1e-6
-    # The checks can fail: moments that are not carried over, or another stage's rows, move the parameters by more.
-    assert far_apart(written_out(tiny, *QUIET, TWO_STAGES), expected) > 1e-4
+    # The checks can fail: moments that are not carried over, or rows that do not count alike, move the parameters more.
+    for change in ("stages.2.carry_moments=false", "stages.1.gradients.reweight=per_task", "stages.0.trains=all"):
+        assert far_apart(written_out(tiny, *overrides, change), expected) > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -93,14 +57,14 @@ def test_stages_do_not_depend_on_the_number_of_processes(tiny: Path) -> None:
     ids=lambda mixer: mixer.split()[1],
 )
 def test_mixers_do_not_depend_on_the_number_of_processes(tiny: Path, mixer: str) -> None:
-    overrides = [*QUIET, "steps=20", f"mixer={mixer}"]
+    overrides = [*LAST, "steps=20", f"mixer={mixer}"]
     expected = written_out(tiny, *overrides)
     for other in on_ranks(2, run, tiny, *overrides):
         assert far_apart(other["parameters"], expected) < 1e-6
 
 
 def test_bf16_goes_through_stages(tiny: Path) -> None:
-    exact, rounded = (run(tiny, *QUIET, TWO_STAGES, f"precision={p}")["parameters"] for p in ("fp32", "bf16"))
+    exact, rounded = (run(tiny, *LAST, STAGES, f"precision={p}")["parameters"] for p in ("fp32", "bf16"))
     assert 1e-6 < far_apart(rounded, exact) < 5e-2
 
 
@@ -119,27 +83,51 @@ def test_a_task_absent_from_a_step_leaves_its_head_untouched(tiny: Path, world: 
 
 
 def test_all_tasks_are_scored_after_every_stage(tiny: Path) -> None:
-    overrides = [*NO_DROPOUT, TWO_STAGES, "log.every_steps=100"]
+    overrides = [*NO_DROPOUT, STAGES, "log.every_steps=100"]
     scores = run(tiny, *overrides)["scores"]
     records = [json.loads(line) for line in (tiny.parent / "run" / "metrics.jsonl").read_text().splitlines()]
     last = {record["stage"]: record for record in records if record["kind"] == "dev"}
-    # 7 steps, then an epoch of near (7 rows by 1) and mood (40 rows by 6).
-    assert [(stage, record["step"]) for stage, record in last.items()] == [("first", 7), ("second", 21)]
+    # 3 steps, 7 steps, then an epoch of near (7 rows by 1) and mood (40 rows by 6).
+    assert [(stage, record["step"]) for stage, record in last.items()] == [("heads", 3), ("first", 10), ("second", 24)]
     assert all(record["tasks"].keys() == {"mood", "same", "near"} for record in last.values())
     assert scores["step"] in {record["step"] for record in records}
     trained = {record["stage"]: record for record in records if record["kind"] == "train"}
     assert trained["first"]["draws"]["near"] == 0
-    assert sum(trained["first"]["draws"].values()) == 14
+    assert sum(trained["first"]["draws"].values()) == 2 * 3 + 3 * 7
     assert trained["second"]["draws"]["near"] == 7
-    assert 0 <= trained["second"]["data_wait"] <= 1
+
+
+def test_waiting_for_batches_is_measured(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits() -> list[float]:
+        run(tiny, *QUIET, "steps=6", "log.every_steps=2")
+        records = [json.loads(line) for line in (tiny.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+        return [record["data_wait"] for record in records if record["kind"] == "train"]
+
+    fast = waits()
+    of_step = TrainBatches.of_step
+
+    def slow(self: TrainBatches, step: int) -> Any:
+        time.sleep(0.3)
+        return of_step(self, step)
+
+    monkeypatch.setattr(TrainBatches, "of_step", slow)
+    assert all(wait > 0.7 for wait in waits())
+    assert min(fast) < 0.3
+
+
+def test_no_two_steps_have_the_same_dropout(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[tuple[int, ...]] = []
+    monkeypatch.setattr("mtl_dist.train.seed_step", lambda *seed: seeds.append(seed))
+    run(tiny, *QUIET, STAGES)
+    assert len(seeds) == len(set(seeds)) == 24
 
 
 def test_the_stage_matrix_is_shown(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tiny, *QUIET, TWO_STAGES)
+    run(tiny, *QUIET, STAGES)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     header = next(i for i, line in enumerate(lines) if line[:2] == ["after", "stage"])
     assert lines[header][2:] == ["mood", "accuracy", "same", "accuracy", "near", "pearson", "overall_a", "overall_b"]
-    assert [line[0] for line in lines[header + 1 : header + 3]] == ["first", "second"]
+    assert [line[0] for line in lines[header + 1 : header + 4]] == ["heads", "first", "second"]
     assert ["stage", "first:", "mood,", "same,", "7", "steps"] in lines
 
 
@@ -151,9 +139,9 @@ def test_no_epochs_score_the_untrained_model(tiny: Path) -> None:
 
 def test_heads_leave_the_encoder_as_it_was_and_all_moves_it(tiny: Path) -> None:
     heads = "tasks.near.head={kind: sbert}"
-    before = run(tiny, *QUIET, heads, "epochs=0", "steps=null")["parameters"]
+    before = run(tiny, *LAST, heads, "epochs=0", "steps=null")["parameters"]
     for trains, moves in (("heads", False), ("all", True), ("['layers.1', heads]", True)):
-        after = run(tiny, *QUIET, heads, f"stages=[{{trains: {trains}}}]")["parameters"]
+        after = run(tiny, *LAST, heads, f"stages=[{{trains: {trains}}}]")["parameters"]
         moved = {name for name, p in after.items() if not p.equal(before[name])}
         assert {f"heads.{task}.layers.0.weight" for task in ("mood", "same", "near")} <= moved
         assert any(name.startswith("encoder") for name in moved) == moves
@@ -170,7 +158,7 @@ def saved_bytes_and_seconds(config: Path, trains: str) -> tuple[int, float]:
     tokenizer = load_tokenizer(experiment.encoder.tokenizer_source)
     split = load_data(experiment, tokenizer, Console(quiet=True))["train"]["mood"]
     model = build_model(experiment, tokenizer, "cpu")
-    stage_optimizer(model, experiment.all_stages()[0], "cpu", {})
+    stage_optimizer(model, experiment.all_stages()[0], "cpu")
     batch = make_batch("mood", split, torch.arange(40).numpy())
     saved: dict[int, int] = {}  # by address: one tensor may be kept several times
 
@@ -183,9 +171,9 @@ def saved_bytes_and_seconds(config: Path, trains: str) -> tuple[int, float]:
         model("mood", batch.packed).sum().backward()
     seconds = []
     for _ in range(7):
-        start = time.perf_counter()
+        start = time.process_time()
         model("mood", batch.packed).sum().backward()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert all((p.grad is None) == (trains == "heads") for p in model.encoder.layers.parameters())
     return sum(saved.values()), median(seconds)
 
@@ -214,11 +202,14 @@ def complaint(config: Path, *overrides: str) -> str:
         ("[{trains: []}]", "stages[0].trains is []; must have at least 1 item after validation, not 0"),
         ("[{trains: head}]", "stages[0].trains: 'head' is neither all nor heads; patterns come in a list: ['head']"),
         ("[{trains: ['(']}]", "'(' is not a regular expression"),
-        ("[{trains: [encodr]}]", "trains matches no parameter: 'encodr'; did you mean 'encoder'?"),
-        ("[{mixer: {kind: explicit, p: {mood: 1}}}]", "stages[0].mixer.p names mood; the tasks are mood, same, near"),
+        ("[{trains: [encodr]}]", "stage '1': trains matches no parameter: 'encodr'; did you mean 'encoder'?"),
+        ("[{mixer: {kind: explicit, p: {mood: 1}}}]", "stage '1': mixer.p names mood; the tasks are mood, same, near"),
+        ("[{carry_moments: true}]", "stages[0].carry_moments: no stage comes before this one"),
+        ("[{name: ''}]", "stages[0].name is ''; must have at least 1 character"),
+        ("[{}, {mixer: {kind: unimax, max_epochs: 0.1}}]", "stage '2': mixer: 6 steps draw 18 batches"),
         (
             "[{}, {trains: heads}]",
-            "task 'near' has nothing to train in stage '2': trains and optim.rules freeze the encoder and all of its",
+            "stage '2': task 'near' has nothing to train: trains and optim.rules freeze the encoder and all of its",
         ),
         ("[{gradients: {combiner: {kind: pcgrad}}}]", "gradient surgery (pcgrad) is not there yet"),
     ],
@@ -228,6 +219,18 @@ def test_stages_that_cannot_be(tiny: Path, stages: str, message: str) -> None:
     assert message in text
     assert len(text.splitlines()) == 1
     assert not (tiny.parent / "run").exists()  # found before anything was done
+
+
+def test_a_misfit_is_placed_where_it_was_written(tiny: Path) -> None:
+    below = tiny.with_name("below.yaml")
+    below.write_text(tiny.read_text())
+    text = "extends: below.yaml\nstages:\n- {}\n- {tasks: [moood]}\n"
+    tiny.write_text(text)
+    assert complaint(tiny).startswith(f"{tiny}:4: stages[1].tasks: there is no task 'moood'")
+    assert complaint(tiny, "stages.1.tasks=[same]", "evaluate.best_by=x").startswith("override 'evaluate.best_by=x': ")
+    # A mistake in what stages inherit is not repeated for each of them.
+    tiny.write_text("extends: below.yaml\ngradients: {clip_norm: -1}\nstages:\n- {gradients: {accumulation: 2}}\n")
+    assert complaint(tiny) == f"{tiny}:2: gradients.clip_norm is -1; must be greater than 0"
 
 
 def test_a_mixer_of_other_tasks_is_refused(tiny: Path) -> None:
@@ -254,9 +257,14 @@ def test_what_a_stage_leaves_out_is_the_experiments(tiny: Path) -> None:
 def test_dumped_stages_are_the_same(tiny: Path, tmp_path: Path) -> None:
     from mtl_dist.config import dump
 
-    experiment = load(Experiment, tiny, [TWO_STAGES, "mixer={kind: temperature, temperature: inf}"])
+    overrides = [STAGES, "gradients.accumulation=3", "stages.1.gradients.clip_norm=null"]
+    experiment = load(Experiment, tiny, [*overrides, "mixer={kind: temperature, temperature: inf}"])
     (tmp_path / "dumped.yaml").write_text(dump(experiment))
-    assert load(Experiment, tmp_path / "dumped.yaml") == experiment
+    again = load(Experiment, tmp_path / "dumped.yaml")
+    assert again == experiment
+    assert again.all_stages() == experiment.all_stages()
+    gradients = again.all_stages()[1].gradients
+    assert (gradients.accumulation, gradients.clip_norm, gradients.reweight) == (3, None, "per_sample")
 
 
 def stage_lr(config: Path) -> list[dict[str, Any]]:
@@ -265,7 +273,7 @@ def stage_lr(config: Path) -> list[dict[str, Any]]:
 
 
 def test_every_stage_has_its_own_learning_rate(tiny: Path) -> None:
-    run(tiny, *QUIET, "log.every_steps=1", TWO_STAGES, "stages.1.epochs=null", "stages.1.steps=2")
+    run(tiny, *QUIET, "log.every_steps=1", STAGES, "stages.2.epochs=null", "stages.2.steps=2")
     rates = [next(iter(lr.values())) for lr in stage_lr(tiny)]
     # Three steps up to 2e-3, four down to 0; then the experiment's own.
-    assert rates == pytest.approx([2e-3 / 3, 4e-3 / 3, 2e-3, 2e-3, 1.5e-3, 1e-3, 0.5e-3, 1e-3, 1e-3])
+    assert rates == pytest.approx([1e-2] * 3 + [2e-3 / 3, 4e-3 / 3, 2e-3, 2e-3, 1.5e-3, 1e-3, 0.5e-3] + [1e-3] * 2)

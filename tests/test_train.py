@@ -11,37 +11,15 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
 from mtl_dist.config import UserError, load
-from mtl_dist.data.batches import RowOrder
 from mtl_dist.data.mixer import Size
 from mtl_dist.evaluate import evaluate_run
 from mtl_dist.experiment import Experiment
-from mtl_dist.model.multitask import load_model
 from mtl_dist.telemetry import TENSORBOARD
 from mtl_dist.train import evaluation_steps, train
 from tests.distributed import on_ranks
-
-NO_DROPOUT = [
-    "encoder.dropout=0",
-    "encoder.attention_dropout=0",
-    *(f"tasks.{task}.dropout=0" for task in ("mood", "same", "near")),
-]
-
-
-def run(config: Path, *overrides: str) -> dict[str, Any]:
-    """Trains; returns the scores, and every parameter of the model that was kept."""
-    experiment = load(Experiment, config, overrides)
-    scores = train(experiment, overwrite=True)
-    model, _ = load_model(experiment.output_dir / "best", experiment.tasks)
-    return {"scores": scores, "parameters": {name: p.detach() for name, p in model.named_parameters()}}
-
-
-def far_apart(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest difference between two parameters, where the largest parameters are about 1."""
-    assert actual.keys() == expected.keys()
-    return max((actual[name] - value).abs().max().item() for name, value in expected.items())
+from tests.training import NO_DROPOUT, far_apart, run, written_out
 
 
 @pytest.fixture
@@ -70,43 +48,9 @@ def test_accumulation_changes_nothing_but_memory(twenty_steps: tuple[Path, list[
         assert far_apart(run(config, *overrides, f"gradients.{split}")["parameters"], whole) < 1e-6
 
 
-def explicit_steps(config: Path, overrides: list[str]) -> dict[str, Tensor]:
-    """The same training written out: torch's AdamW, one loss over the global batches, no Accelerate."""
-    experiment = load(Experiment, config, overrides)
-    from rich.console import Console
-
-    from mtl_dist.data.batches import make_batch
-    from mtl_dist.model.multitask import MultiTaskModel
-    from mtl_dist.model.weights import build_encoder
-    from mtl_dist.tokenizer import load_tokenizer
-    from mtl_dist.train import load_data
-
-    tokenizer = load_tokenizer(experiment.encoder.tokenizer_source)
-    splits = load_data(experiment, tokenizer, Console(quiet=True))["train"]
-    torch.manual_seed(experiment.seed)
-    model = MultiTaskModel(build_encoder(experiment.encoder, tokenizer), experiment.tasks)
-    # No decay, so the parameter rules change nothing.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4, weight_decay=0)
-    for step in range(20):
-        total = torch.zeros(())
-        for name, task in experiment.tasks.items():
-            rows = RowOrder(len(splits[name]), experiment.seed, 0, name).rows(
-                step * task.batch_size, (step + 1) * task.batch_size
-            )
-            batch = make_batch(name, splits[name], rows)
-            losses = task.loss.per_example(model(name, batch.packed), batch.gold_N, task.label)
-            total = total + task.weight * losses.mean()
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
 def test_the_loop_is_the_sum_of_weighted_mean_losses_and_adamw(twenty_steps: tuple[Path, list[str]]) -> None:
     config, overrides = twenty_steps
-    constant = [*overrides, "optim.schedule.kind=constant"]
-    assert far_apart(run(config, *constant)["parameters"], explicit_steps(config, constant)) < 1e-6
+    assert far_apart(run(config, *overrides)["parameters"], written_out(config, *overrides)) < 1e-6
 
 
 def test_the_run_folder_holds_what_the_docs_say(tiny: Path) -> None:
@@ -248,6 +192,7 @@ def test_evaluation_comes_after_each_epoch_and_at_the_end(tiny: Path) -> None:
 
 def test_no_dev_set_keeps_the_last_model(tiny: Path) -> None:
     none = [f"tasks.{task}.dev=null" for task in ("mood", "same", "near")]
-    result = run(tiny, *none)
-    assert result["scores"] == {"step": 6, "tasks": {}}
+    for length, step in (([], 6), (["evaluate.every_steps=2"], 6), (["stages=[{steps: 2}, {steps: 3}]"], 5)):
+        result = run(tiny, *none, *length)
+        assert result["scores"] == {"step": step, "tasks": {}}
     assert np.isfinite(result["parameters"]["heads.mood.layers.0.weight"]).all()

@@ -25,6 +25,7 @@ from mtl_dist.model.encoder import Packed, pack
 from mtl_dist.tasks import Subsample
 
 FEISTEL_ROUNDS = 6
+FEW_ROWS = 64
 T = TypeVar("T")
 
 
@@ -59,7 +60,7 @@ def make_batch(task: str, split: Split, rows: NDArray[np.int64], filler: bool = 
     )
 
 
-class RowOrder:
+class RowStream:
     """The endless stream of a task's train rows: every row of an epoch once, shuffled; then those of the next epoch."""
 
     def __init__(self, num_rows: int, seed: int, stage: int, task: str, subsample: Subsample | None = None) -> None:
@@ -90,11 +91,15 @@ def permute(positions: NDArray[np.int64], num_rows: int, key: str) -> NDArray[np
     A Feistel network is a bijection on pairs of half-words, whatever its rounds compute; positions that land beyond the
     last row walk on along their cycle until they land on one.
     """
-    half_bits = max(1, ((num_rows - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half_bits) - 1)
     digest = hashlib.blake2b(key.encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
     round_keys = np.frombuffer(digest, dtype="<u8")
+    if num_rows <= FEW_ROWS:
+        # Half-words of one or two bits mix badly; so few rows can be put in the order of their hashes.
+        hashes = _mixed(_mixed(np.arange(num_rows, dtype=np.uint64) ^ round_keys[0]) ^ round_keys[1])
+        return np.argsort(hashes)[positions]
 
+    half_bits = ((num_rows - 1).bit_length() + 1) // 2
+    mask = np.uint64((1 << half_bits) - 1)
     rows = positions.astype(np.uint64)
     walking = np.arange(len(rows))
     while len(walking):
@@ -120,9 +125,9 @@ class TrainRows:
     shuffled, so that sentences of like length meet. A window of one draw leaves the stream as it is.
     """
 
-    def __init__(self, split: Split, order: RowOrder, batch_size: int, window: int = 1) -> None:
+    def __init__(self, split: Split, stream: RowStream, batch_size: int, window: int = 1) -> None:
         self.split = split
-        self.order = order
+        self.stream = stream
         self.batch_size = batch_size
         self.window_rows = window * batch_size
         self._batches = lru_cache(maxsize=2)(self._sort_and_cut)  # neighbouring draws share a window, or two
@@ -132,21 +137,21 @@ class TrainRows:
         position, stop = draw * self.batch_size, (draw + 1) * self.batch_size
         parts = []
         while position < stop:
-            window, epoch = position // self.window_rows, position // self.order.epoch_rows
-            start = max(window * self.window_rows, epoch * self.order.epoch_rows)
-            end = min((window + 1) * self.window_rows, (epoch + 1) * self.order.epoch_rows)
+            window, epoch = position // self.window_rows, position // self.stream.epoch_rows
+            start = max(window * self.window_rows, epoch * self.stream.epoch_rows)
+            end = min((window + 1) * self.window_rows, (epoch + 1) * self.stream.epoch_rows)
             parts.append(self._batches(start, end)[draw])
             position = end
         return np.concatenate(parts)
 
     def _sort_and_cut(self, start: int, end: int) -> dict[int, NDArray[np.int64]]:
         """The rows that each draw takes from a stretch of the stream."""
-        rows = self.order.rows(start, end)
+        rows = self.stream.rows(start, end)
         lengths = [self.split.length(row) for row in rows.tolist()]
         draws = np.arange(start // self.batch_size, (end - 1) // self.batch_size + 1)
         # The draws at both ends may lie only partly in the stretch.
         sizes = np.minimum((draws + 1) * self.batch_size, end) - np.maximum(draws * self.batch_size, start)
-        shuffled = permute(np.arange(len(draws)), len(draws), f"{self.order.key}/batches/{start}")
+        shuffled = permute(np.arange(len(draws)), len(draws), f"{self.stream.key}/batches/{start}")
         cuts = np.split(rows[np.argsort(lengths, kind="stable")], np.cumsum(sizes[shuffled])[:-1])
         return dict(zip(draws[shuffled].tolist(), cuts, strict=True))
 
@@ -192,7 +197,9 @@ class TrainBatches:
         rows = self.rows[task].of_draw(draw)
         lengths = [split.length(row) for row in rows.tolist()]
         shares = deal(lengths, self.world)
-        mine = shares[self.rank]
+        mine = shares[
+            (self.rank - draw) % self.world
+        ]  # the first hand has the longest row, so each rank gets it in turn
         shortest = rows[[np.argmin(lengths)]]
         for hand in deal([lengths[i] for i in mine], self._micro_batches(lengths, shares)):
             # A rank that has run out of rows must still take part in what all ranks compute together.
@@ -206,12 +213,13 @@ class TrainBatches:
             by_share = [[lengths[i] for i in share] for share in shares]
             fewest = -(-max(map(sum, by_share)) // self.max_tokens)
             number = min(max(number, fewest), most)
-            while number < most and not all(self._fit(share, number) for share in by_share):
+            while number < most and max(_longest_hand(share, number) for share in by_share) > self.max_tokens:
                 number += 1
         return number
 
-    def _fit(self, lengths: list[int], number: int) -> bool:
-        return all(sum(lengths[i] for i in hand) <= (self.max_tokens or 0) for hand in deal(lengths, number))
+
+def _longest_hand(lengths: list[int], hands: int) -> int:
+    return max(sum(lengths[i] for i in hand) for hand in deal(lengths, hands))
 
 
 def prefetched(make: Callable[[int], T], indices: Iterable[int], ahead: int = 2) -> Iterator[T]:

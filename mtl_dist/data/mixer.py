@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heappop, heappush
 from itertools import accumulate, count, islice, pairwise, takewhile
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,14 +100,15 @@ class Joint(Mixer):
     epoch_ends: Literal["longest", "shortest"] = "longest"  # with the last row of the longest task, or of the shortest
 
     def order(self, sizes: Sizes, seed: Seed, epochs: float, steps: int | None = None) -> Order:
-        return JointOrder(sizes, epochs, steps, max if self.epoch_ends == "longest" else min)
+        batches = [size.batches for size in sizes.values()]
+        return JointOrder(sizes, epochs, steps, max(batches) if self.epoch_ends == "longest" else min(batches))
 
 
 class JointOrder(Order):
     """Step s draws every task's batch s."""
 
-    def __init__(self, sizes: Sizes, epochs: float, steps: int | None, which: Any) -> None:
-        self.batches: Fraction = which(size.batches for size in sizes.values())
+    def __init__(self, sizes: Sizes, epochs: float, steps: int | None, batches: Fraction) -> None:
+        self.batches = batches  # of an epoch
         super().__init__(sizes, epochs, steps)
 
     def steps_of(self, epochs: Fraction) -> int:
@@ -220,7 +221,7 @@ class Sequential(Mixer):
     """Draws one task a step: in each epoch all rows of the first task, then all of the next."""
 
     kind: Literal["sequential"] = "sequential"
-    task_order: list[str] | None = Field(None, alias="order")  # by default as the tasks are listed
+    task_order: list[str] | None = Field(None, alias="order", min_length=1)  # by default as the tasks are listed
 
     def refuse_others(self, tasks: list[str]) -> None:
         if self.task_order is not None:
@@ -294,8 +295,9 @@ class Annealed(Sampled):
 
     def slice_starts(self, order: "SampledOrder") -> list[int]:
         if self.over == "epochs":
-            starts = (order.steps_of(Fraction(epoch)) for epoch in count())
-            return [0, *takewhile(lambda start: start < order.steps, islice(starts, 1, None))]
+            ends = (order.steps_of(Fraction(epoch)) for epoch in count(1))
+            # An epoch of few rows may be shorter than a step.
+            return list(dict.fromkeys([0, *takewhile(lambda end: end < order.steps, ends)]))
         slices = max(1, min(order.steps, MOST_SLICES))
         return [order.steps * i // slices for i in range(slices)]
 

@@ -1,0 +1,77 @@
+"""Trains as users do, and as it would be written out by hand: what several test files compare."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from mtl_dist.config import load
+from mtl_dist.data.batches import RowStream, TrainRows, make_batch
+from mtl_dist.experiment import Experiment
+from mtl_dist.model.multitask import MultiTaskModel, load_model
+from mtl_dist.model.weights import build_encoder
+from mtl_dist.tokenizer import load_tokenizer
+from mtl_dist.train import load_data, train
+
+NO_DROPOUT = [
+    "encoder.dropout=0",
+    "encoder.attention_dropout=0",
+    *(f"tasks.{task}.dropout=0" for task in ("mood", "same", "near")),
+]
+
+
+def run(config: Path, *overrides: str) -> dict[str, Any]:
+    """Trains; returns the scores, and every parameter of the model that was kept."""
+    experiment = load(Experiment, config, overrides)
+    scores = train(experiment, overwrite=True)
+    model, _ = load_model(experiment.output_dir / "best", experiment.tasks)
+    return {"scores": scores, "parameters": {name: p.detach() for name, p in model.named_parameters()}}
+
+
+def far_apart(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference between two parameters, where the largest parameters are about 1."""
+    assert actual.keys() == expected.keys()
+    return max((actual[name] - value).abs().max().item() for name, value in expected.items())
+
+
+def written_out(config: Path, *overrides: str) -> dict[str, Tensor]:
+    """All stages with torch's AdamW and one loss over the global batches; no Accelerate, no packing ahead.
+
+    Every step is asked for by itself, of orders and rows that were just made: as after a resume at that very step.
+    """
+    experiment = load(Experiment, config, overrides)
+    tokenizer = load_tokenizer(experiment.encoder.tokenizer_source)
+    splits = load_data(experiment, tokenizer, Console(quiet=True))["train"]
+    counts = {name: len(split) for name, split in splits.items()}
+    torch.manual_seed(experiment.seed)
+    model = MultiTaskModel(build_encoder(experiment.encoder, tokenizer), experiment.tasks)
+    optimizer = None
+    for stage in experiment.all_stages():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(re.search(pattern, name) for pattern in stage.trains))
+        if optimizer is None or not stage.carry_moments:
+            # No decay, so the parameter rules change nothing.
+            optimizer = torch.optim.AdamW(model.parameters(), eps=1e-4, weight_decay=0)
+        steps = stage.order(counts, experiment.seed).steps
+        for step in range(steps):
+            draws = stage.order(counts, experiment.seed).draws(step)
+            sizes = [experiment.tasks[task].batch_size for task, _ in draws]
+            total = torch.zeros(())
+            for (name, draw), size in zip(draws, sizes, strict=True):
+                task = experiment.tasks[name]
+                order = RowStream(counts[name], experiment.seed, stage.number, name, task.subsample)
+                rows = TrainRows(splits[name], order, size, experiment.length_window).of_draw(draw)
+                batch = make_batch(name, splits[name], rows)
+                losses = task.loss.per_example(model(name, batch.packed), batch.gold_N, task.label)
+                per_sample = stage.gradients.reweight == "per_sample"
+                total = total + task.weight * losses.sum() / (sum(sizes) / len(sizes) if per_sample else size)
+            for group in optimizer.param_groups:
+                group["lr"] = stage.optim.lr * stage.optim.schedule.factor(step, steps)
+            optimizer.zero_grad()
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}

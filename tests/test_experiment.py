@@ -84,7 +84,7 @@ def test_the_best_model_needs_a_score(read: Read) -> None:
     assert read("evaluate.best_by=overall_b").evaluate.best_by == "overall_b"
     for choice in ("mine", "sst"):  # one has no dev set, one is not there
         assert complaint(lambda choice=choice: read(f"evaluate.best_by={choice}")) == (  # type: ignore[misc]
-            f"x.yaml:2: evaluate.best_by is '{choice}', none of overall_a, overall_b"
+            f"override 'evaluate.best_by={choice}': evaluate.best_by is '{choice}', none of overall_a, overall_b"
         )
 
 

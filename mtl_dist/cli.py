@@ -122,15 +122,15 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    ranks = launched if arguments.ranks is None else arguments.ranks
-    if ranks < 1:
-        raise UserError(f"--ranks is {ranks}; give 1 or more")
-    if arguments.measure and ranks != launched:
-        raise UserError(f"--ranks is {ranks}, but --measure runs on the processes launched, which are {launched}")
+    launched, asked = int(os.environ.get("WORLD_SIZE", "1")), arguments.ranks
+    if asked is not None and asked < 1:
+        raise UserError(f"--ranks is {asked}; give 1 or more")
+    if arguments.measure and asked not in (None, launched):
+        raise UserError(f"--ranks is {asked}, but --measure runs on the processes launched, which are {launched}")
     if not (arguments.measure or _is_first_rank()):
         return
     config = _experiment(arguments.config, arguments.overrides)
+    ranks = asked or config.distributed.processes or launched
     from mtl_dist.plan import measure, plan, tables
     from mtl_dist.telemetry import make_console
     from mtl_dist.tokenizer import load_tokenizer
@@ -211,6 +211,11 @@ def _validate(arguments: argparse.Namespace) -> None:
                     counts[f"{name} {split}"] = count_rows(
                         f"task '{name}', {split}", task, source, labelled=split != "test"
                     )
+    if not problems:
+        rows = {name: counts[f"{name} train"]["usable"] for name in config.tasks}
+        for stage in config.all_stages():
+            with _noting(problems):
+                stage.order(rows, config.seed)
     if problems:
         raise UserError("\n".join(problems))
     if arguments.json:

@@ -82,13 +82,14 @@ T = TypeVar("T", bound=Config)
 def load(model: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """The config in a YAML file, after overrides such as `optim.rules.0.lr=1e-5`; the last of two wins."""
     raw, places = _read_mapping(path)
-    if (name := raw.pop("extends", None)) is not None:
+    if "extends" in raw:
+        name = raw.pop("extends")
         if not isinstance(name, str):
             raise UserError(f"{places['extends',]}: extends is {_show(name)}, not text")
         try:
-            base, base_places = _read_mapping(path.parent / name)
-        except UserError as error:
-            raise UserError(f"{places['extends',]}: extends {name}: {error}") from None
+            base, base_places = _read_mapping(path.parent / _home_expanded(Path(name)))
+        except (UserError, ValueError) as error:
+            raise UserError(f"{places['extends',]}: extends {name!r}: {error}") from None
         if "extends" in base:
             raise UserError(f"{base_places['extends',]}: {path} extends this file, which may not extend another one")
 
@@ -279,7 +280,7 @@ def _complaint(model: type[Config], mistake: dict[str, Any]) -> tuple[Keys, str]
     error, value = mistake["type"], mistake["input"]
     keys, types = _locate(model, mistake["loc"])
     choices = [choice for literal in types for choice in get_args(literal)]
-    must = re.sub(r"^\w+ should ", "must ", mistake["msg"])
+    must = re.sub(r"^\w+ should ", "must ", mistake["msg"]).replace(" after validation", "")
     if error.startswith("union_tag"):
         keys, value = (*keys, "kind"), value.get("kind")
         choices = [kind for member in types for kind in _kinds(member)]

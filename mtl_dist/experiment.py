@@ -94,7 +94,7 @@ Epochs = Annotated[float, Field(ge=0, le=1e6)]
 class StageConfig(Config):
     """One stage of the training; what it leaves out is as the experiment says."""
 
-    name: str | None = Field(None, min_length=1)  # by default its number, from 1
+    name: str | None = Field(None, min_length=1, max_length=40)  # by default its number, from 1
     tasks: list[TaskName] | None = Field(None, min_length=1)  # the ones it trains; all are scored after it
     mixer: AnyMixer | None = None
     epochs: Epochs | None = None
@@ -160,7 +160,7 @@ class Experiment(Config):
         Path("~/.cache/mtl_dist"), validate_default=True
     )  # tokenised data; shared by all runs, safe to delete
     seed: int = Field(0, ge=0, lt=2**63)
-    epochs: Epochs = 1.0  # as the mixer counts them; 0 scores the untrained model
+    epochs: Epochs | None = None  # as the mixer counts them, by default 1; 0 scores the untrained model
     steps: PositiveInt | None = None  # instead of epochs
     precision: Precision | None = None  # by default the launcher's, else fp32
     encoder: EncoderConfig
@@ -186,6 +186,13 @@ class Experiment(Config):
                 stage = stage.model_copy(update={"gradients": self.gradients.model_copy(update=own)})
             stages.append(stage)
         self.__dict__["stages"] = stages  # frozen for everybody else
+        return self
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Experiment":
+        if self.epochs is not None and self.steps is not None:
+            message = f"epochs ({self.epochs:g}) and steps ({self.steps}) are both given; set one of them to null"
+            raise MisfitError(("epochs",), message)
         return self
 
     @model_validator(mode="after")
@@ -246,7 +253,7 @@ class Experiment(Config):
                     label=f"stage '{name}': " if self.stages else "",
                     tasks={name: self.tasks[name] for name in stage.tasks or self.tasks},
                     mixer=stage.mixer or self.mixer,
-                    epochs=self.epochs if stage.epochs is None else stage.epochs,
+                    epochs=next((n for n in (stage.epochs, self.epochs) if n is not None), 1.0),
                     steps=stage.steps if own_length else self.steps,
                     optim=self.optim.model_copy(update={key: new for key, new in changes.items() if new is not None}),
                     trains=stage.trains,

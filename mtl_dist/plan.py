@@ -194,7 +194,7 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
             rows = f"{task.epoch_rows:,}" + (f" of {task.rows:,}" if task.epoch_rows < task.rows else "")
             first, last = (f"{probability:.1%}" for probability in task.probability)
             share = first if first == last else f"{first} -> {last}"
-            mark = Text(f"! repeated {task.times_read:.1f} times" if task.repeated else "", style="bold red")
+            mark = Text(f"! {task.times_read:.1f} times" if task.repeated else "", style="bold red")
             table.add_row(
                 name, rows, share, f"{task.draws:,.0f}", f"{task.rows_drawn:,.0f}", f"{task.epochs:.1f}", mark
             )
@@ -212,7 +212,7 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         sizes = (stage.cost.bytes_sent_per_step, stage.cost.gradient_bytes, stage.cost.moment_bytes)
         table.add_row(stage.name, *counts, *(decimal(size) if size else "none" for size in sizes))
     if several:
-        table.add_row("all", f"{plan.steps:,}", f"{plan.tokens:,.0f}")
+        table.add_row("total", f"{plan.steps:,}", f"{plan.tokens:,.0f}")
     yield table
     yield f"sent, gradients and moments are those of each of {plan.ranks} rank{'s' * (plan.ranks > 1)}, with DDP"
     yield "task gradients  none: the sum keeps none per task"
@@ -223,7 +223,7 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
             speeds = (f"{stage.seconds_per_step or 0:.4f}", f"{stage.tokens_per_second or 0:,.0f}")
             table.add_row(stage.name, *(speeds if stage.steps else ("", "")), _duration(stage.seconds))
         if several:
-            table.add_row("all", "", "", _duration(plan.seconds))
+            table.add_row("total", "", "", _duration(plan.seconds))
         yield ""
         yield table
         yield "measured here; evaluations come on top"

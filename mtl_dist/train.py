@@ -282,6 +282,7 @@ def show_results(config: Experiment, judge: Judge, screen: Screen, total_steps: 
     metrics = {name: task.metric for name, task in config.tasks.items()}
     if len(judge.after_stage) > 1:
         screen.console.print(stage_table(judge.after_stage, metrics))
+        screen.line(f"\nthe best model, after step {judge.best['step']}:")
     screen.console.print(score_table(judge.best, metrics))
     screen.line(f"best of {total_steps} steps was {judge.best['step']}, by {config.evaluate.best_by}")
     screen.line(f"run folder   {config.output_dir}\nbest model   {config.output_dir / BEST}")

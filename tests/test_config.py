@@ -419,8 +419,10 @@ def complaint_over(read: Load, text: str, base: str = BASE) -> str:
 def test_a_base_that_cannot_be(read: Load) -> None:
     assert (
         complaint(read, "model_name: x\nextends: gone.yaml")
-        == "demo.yaml:2: extends gone.yaml: gone.yaml: No such file or directory"
+        == "demo.yaml:2: extends 'gone.yaml': gone.yaml: No such file or directory"
     )
+    assert complaint(read, "extends: null") == "demo.yaml:1: extends is null, not text"
+    assert complaint(read, 'extends: "a\\0b"').endswith("a path cannot hold a NUL character")
     assert complaint(read, "extends: [base.yaml]") == 'demo.yaml:1: extends is ["base.yaml"], not text'
     Path("base.yaml").write_text("extends: other.yaml")
     assert complaint(read, "extends: base.yaml") == (

@@ -91,7 +91,7 @@ def test_the_best_model_needs_a_score(read: Read) -> None:
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("tasks={}", "tasks is {}; must have at least 1 item after validation, not 0"),
+        ("tasks={}", "tasks is {}; must have at least 1 item, not 0"),
         ("epochs=-1", "epochs is -1; must be greater than or equal to 0"),
         ("epochs=.inf", "epochs is Infinity; must be a finite number"),
         ("gradients.accumulation=0", "gradients.accumulation is 0; must be greater than 0"),

@@ -199,7 +199,7 @@ def complaint(config: Path, *overrides: str) -> str:
         ("[{tasks: [mood, mood]}]", "stages[0].tasks names a task twice: mood, mood"),
         ("[{epochs: 1, steps: 2}]", "stages[0] has both epochs and steps; give one of them"),
         ("[{name: a}, {name: a}]", "stages: two have the same name: a, a"),
-        ("[{trains: []}]", "stages[0].trains is []; must have at least 1 item after validation, not 0"),
+        ("[{trains: []}]", "stages[0].trains is []; must have at least 1 item, not 0"),
         ("[{trains: head}]", "stages[0].trains: 'head' is neither all nor heads; patterns come in a list: ['head']"),
         ("[{trains: ['(']}]", "'(' is not a regular expression"),
         ("[{trains: [encodr]}]", "stage '1': trains matches no parameter: 'encodr'; did you mean 'encoder'?"),
@@ -236,7 +236,13 @@ def test_a_misfit_is_placed_where_it_was_written(tiny: Path) -> None:
 def test_a_mixer_of_other_tasks_is_refused(tiny: Path) -> None:
     for stages in ("stages=[]", "stages=[{}]"):
         text = complaint(tiny, "mixer={kind: sequential, order: [same, mood]}", stages)
-        assert text.endswith("mixer.order names same, mood; the tasks are mood, same, near")
+        assert text.endswith("mixer.order names same, mood; the tasks are mood, same, near; name each of them once")
+
+
+def test_a_run_has_one_length(tiny: Path) -> None:
+    message = "epochs (2) and steps (6) are both given; set one of them to null"
+    assert complaint(tiny, "epochs=2") == f"override 'epochs=2': {message}"
+    assert load(Experiment, tiny, ["epochs=2", "steps=null"]).all_stages()[0].epochs == 2
 
 
 def test_a_subsample_larger_than_the_split_is_refused(tiny: Path) -> None:

@@ -87,7 +87,7 @@ class Mixer(Config):
 
 def _refuse_unlike(field: str, named: list[str], tasks: list[str]) -> None:
     if sorted(named) != sorted(tasks):
-        raise ValueError(f"{field} names {', '.join(named)}; the tasks are {', '.join(tasks)}")
+        raise ValueError(f"{field} names {', '.join(named)}; the tasks are {', '.join(tasks)}; name each of them once")
 
 
 # ------------------------------------------------------------------------------------------------------ fixed orders

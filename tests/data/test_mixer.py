@@ -380,12 +380,14 @@ def test_what_is_refused(tmp_path: Path, mixer: str, complaint: str) -> None:
 def test_the_tasks_named_must_be_the_stages(mixer: Mixer, field: str) -> None:
     mixer.refuse_others(["a", "b"])
     for stage in (["a"], ["a", "c"], ["a", "b", "c"]):
-        with pytest.raises(ValueError, match=f"^{field} names b, a; the tasks are {', '.join(stage)}$"):
+        with pytest.raises(
+            ValueError, match=f"^{field} names b, a; the tasks are {', '.join(stage)}; name each of them once$"
+        ):
             mixer.refuse_others(stage)
 
 
 def test_no_task_is_named_twice() -> None:
-    with pytest.raises(ValueError, match=r"^order names a, b, a; the tasks are a, b$"):
+    with pytest.raises(ValueError, match=r"^order names a, b, a; the tasks are a, b; name each of them once$"):
         Sequential(order=["a", "b", "a"]).refuse_others(["a", "b"])
 
 

@@ -42,6 +42,7 @@ setup(
             "ruff",
             "scikit-learn",
             "scipy",
+            "torchjd[cagrad,nash-mtl,quadprog-projector]>=0.18",
             "transformers>=4.50",
             "types-PyYAML",
         ],

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import (
     AfterValidator,
@@ -30,6 +30,7 @@ from mtl_dist.distributed import DistributedConfig, Precision
 from mtl_dist.metrics import OVERALL
 from mtl_dist.model.weights import EncoderConfig, max_positions
 from mtl_dist.optim import EVERYTHING, AnySchedule, OptimConfig, Pattern
+from mtl_dist.surgery.gradients import GradientsConfig
 from mtl_dist.tasks import SplitName, TaskConfig
 
 
@@ -43,33 +44,6 @@ def _usable(name: str) -> str:
 
 
 TaskName = Annotated[str, AfterValidator(_usable)]
-
-
-class Sum(Config):
-    """Plain training: the sum of the tasks' gradients."""
-
-    kind: Literal["sum"] = "sum"
-
-
-class PCGrad(Config):
-    """Gradient surgery (Yu et al. 2020)."""
-
-    kind: Literal["pcgrad"]
-
-    @model_validator(mode="after")
-    def _not_yet(self) -> "PCGrad":
-        raise ValueError("gradient surgery (pcgrad) is not there yet; {kind: sum} trains on the sum of the gradients")
-
-
-class GradientsConfig(Config):
-    """How a step's gradients are gathered."""
-
-    combiner: Annotated[Sum | PCGrad, Field(discriminator="kind")] = Sum()
-    # per_task: a draw counts by its mean loss; per_sample: every row of a step counts alike, so large batches win.
-    reweight: Literal["per_task", "per_sample"] = "per_task"
-    accumulation: PositiveInt = 1  # micro-batches that each process computes a draw in; changes memory alone
-    max_tokens: PositiveInt | None = None  # of a micro-batch: there are as many more of them as this takes
-    clip_norm: PositiveFloat | None = None  # largest norm of the gradient, over all parameters
 
 
 # Short names for what a stage trains.
@@ -228,6 +202,13 @@ class Experiment(Config):
                 stage.mixer.refuse_others(list(stage.tasks))
             except ValueError as error:
                 raise MisfitError(keys, f"{stage.label}mixer.{error}") from None
+            kind = stage.gradients.combiner.kind
+            if stage.gradients.operates and len(stage.tasks) > 1 and stage.mixer.most_tasks(len(stage.tasks)) == 1:
+                raise MisfitError(
+                    keys,
+                    f"{stage.label}mixer {stage.mixer.kind} draws one task a step, but gradients.combiner {kind} "
+                    "needs several; joint draws all of them",
+                )
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from mtl_dist.data.mixer import Explicit, Order, SampledOrder
 from mtl_dist.experiment import Experiment, LogConfig, StageConfig
+from mtl_dist.surgery.gradients import GradientsConfig
 from mtl_dist.telemetry import METRICS, plain_table
 from mtl_dist.train import Splits, build_model, stage_optimizer, train
 
@@ -80,18 +81,26 @@ class Plan:
     seconds: float | None = None
 
 
-def cost_of(parameters: int, ranks: int) -> StageCost:
-    """What DDP and the plain sum of the losses cost.
+def cost_of(parameters: int, shared: int, tasks: int, gradients: GradientsConfig, ranks: int) -> StageCost:
+    """What a step costs under DDP, of whose `parameters` the tasks have so many `shared`.
 
-    A ring all-reduce passes every rank's share on twice around, and so sends 2 (W - 1) / W of the gradient. AdamW keeps
-    two moments of each parameter. The backward passes add up in one gradient, so there is none of each task.
+    A ring all-reduce passes every rank's share on twice around, and so sends 2 (W - 1) / W of what it reduces; a
+    reduce-scatter or a gathering sends half of that. Plain training reduces one gradient. With a row for each of K
+    tasks (to combine them, or to measure) every row is all-reduced, or scattered and the combination gathered: then a
+    rank holds K / W rows, and two whole ones on their way. Heads are reduced as they are. AdamW keeps two moments.
     """
-    gradient_bytes = FLOAT_BYTES * parameters
+    gradient_bytes, own = FLOAT_BYTES * parameters, FLOAT_BYTES * (parameters - shared)
+    row = (2 if gradients.buffer_dtype == "bf16" else FLOAT_BYTES) * shared
+    passed_on, held = 2 * gradient_bytes, 0
+    if gradients.operates or gradients.measure:
+        scattered = gradients.reduce == "reduce_scatter" and ranks > 1
+        passed_on = (tasks * row + FLOAT_BYTES * shared if scattered else 2 * tasks * row) + 2 * own
+        held = tasks * row // ranks + 2 * row if scattered else tasks * row
     return StageCost(
-        bytes_sent_per_step=2 * (ranks - 1) * gradient_bytes // ranks,
+        bytes_sent_per_step=(ranks - 1) * passed_on // ranks,
         gradient_bytes=gradient_bytes,
         moment_bytes=2 * gradient_bytes,
-        task_gradient_bytes=0,
+        task_gradient_bytes=held,
     )
 
 
@@ -106,6 +115,8 @@ def plan(config: Experiment, tokenizer: Tokenizer, splits: Splits, ranks: int) -
         order = stage.order(rows, config.seed)
         stage_optimizer(model, stage, "cpu")  # which sets what the stage trains
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        shared = sum(parameter.numel() for parameter in model.encoder.parameters() if parameter.requires_grad)
+        cost = cost_of(trained, shared, stage.mixer.most_tasks(len(stage.tasks)), stage.gradients, ranks)
         probability = probabilities(order)
         tasks = {}
         for name, draws in order.expected().items():
@@ -127,7 +138,7 @@ def plan(config: Experiment, tokenizer: Tokenizer, splits: Splits, ranks: int) -
                 tokens=drawn * train_splits[name].num_tokens / rows[name],
             )
         tokens = sum(task.tokens for task in tasks.values())
-        stages.append(StagePlan(stage.name, order.steps, tokens, trained, cost_of(trained, ranks), tasks))
+        stages.append(StagePlan(stage.name, order.steps, tokens, trained, cost, tasks))
     return Plan(ranks, sum(stage.steps for stage in stages), sum(stage.tokens for stage in stages), stages)
 
 
@@ -204,18 +215,18 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         counted = "; stages add up" if several else ""
         yield f"! rows read more than {MOST_READS} times teach little new (Muennighoff et al. 2023){counted}\n"
 
-    table = plain_table(
-        "stage", "steps", "tokens", "trained parameters", "sent per step", "gradients", "moments", texts=["stage"]
-    )
+    memory = ("gradients", "of tasks", "moments")
+    table = plain_table("stage", "steps", "tokens", "trained", "sent per step", *memory, texts=["stage"])
     for stage in plan.stages:
         counts = (f"{number:,.0f}" for number in (stage.steps, stage.tokens, stage.trained_parameters))
-        sizes = (stage.cost.bytes_sent_per_step, stage.cost.gradient_bytes, stage.cost.moment_bytes)
+        cost = stage.cost
+        sizes = (cost.bytes_sent_per_step, cost.gradient_bytes, cost.task_gradient_bytes, cost.moment_bytes)
         table.add_row(stage.name, *counts, *(decimal(size) if size else "none" for size in sizes))
     if several:
         table.add_row("total", f"{plan.steps:,}", f"{plan.tokens:,.0f}")
     yield table
-    yield f"sent, gradients and moments are those of each of {plan.ranks} rank{'s' * (plan.ranks > 1)}, with DDP"
-    yield "task gradients  none: the sum keeps none per task"
+    ranks = f"{plan.ranks} rank{'s' * (plan.ranks > 1)}"
+    yield f"bytes sent, gradients (all, and those of single tasks) and moments are those of each of {ranks}, with DDP"
 
     if plan.seconds is not None:
         table = plain_table("stage", "seconds per step", "tokens per second", "estimated time", texts=["stage"])

@@ -38,6 +38,7 @@ class StepReport:
     data_wait: float  # share of the time in which the model waited for its next batches
     gradient_norm: float | None  # before clipping; None where nothing is clipped
     skipped_steps: int  # steps that fp16's loss scaling left out, since the start
+    surgery: dict[str, Any] | None = None  # how far the tasks' gradients agreed, on average over the steps
 
     def as_record(self) -> dict[str, Any]:
         """The report as a record: without the step, and without what is not there."""

@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import count, takewhile
 from typing import Any, TypeVar
@@ -32,6 +32,8 @@ from mtl_dist.experiment import Experiment, Stage
 from mtl_dist.model.multitask import BEST, MultiTaskModel, drafts, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
+from mtl_dist.surgery.conflict import Conflict, mean_of
+from mtl_dist.surgery.gradients import Gradients
 from mtl_dist.telemetry import (
     METRICS,
     TENSORBOARD,
@@ -90,6 +92,10 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
             model = accelerator.unwrap_model(ddp_model)
             if stage.carry_moments:
                 optimizer.state.update({p: carried[p] for p in model.parameters() if p.requires_grad and p in carried})
+            reached = {name: list(model.reached_by(name)) for name in stage.tasks}
+            most_tasks = stage.mixer.most_tasks(len(stage.tasks))
+            seed = (config.seed, stage.number)
+            gradients = Gradients(accelerator, ddp_model, stage.gradients, reached, most_tasks, seed)
             batches = train_batches(config, stage, order, splits["train"], rank, world)
             evaluations = evaluation_steps(config, order)
             next_evaluation = next(evaluations, None)
@@ -99,15 +105,24 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
                 set_lr(optimizer, stage.optim.lr * stage.optim.schedule.factor(step, order.steps))
                 rows_averaged = rows_of_mean(stage, draws)
                 micro_batches = [batch.to(device) for batch in micro_batches]
-                for batch in micro_batches:
-                    task = stage.tasks[batch.task]
-                    # DDP reduces the gradients once a step, while the last micro-batch computes its own.
-                    with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(ddp_model):
-                        raw_NO = ddp_model(batch.task, batch.packed)
-                        loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
-                        # The ranks' mean of this is the mean over the global batch, however the rows are dealt.
-                        accelerator.backward(task.weight * loss_N.sum() * (world / rows_averaged[batch.task]))
-                    meter.micro_batch(batch, loss_N.detach().sum())
+                by_task = {name: [batch for batch in micro_batches if batch.task == name] for name, _ in draws}
+                last = next(reversed(by_task.values()))[-1]
+                gradients.start(step, rows_of_step(stage, draws))
+                loss_weight = gradients.loss_weights()
+                for name, batches_of_task in by_task.items():
+                    task = stage.tasks[name]
+                    # The ranks' mean of losses scaled so is the mean over the global batch, however rows are dealt.
+                    scale = task.weight * loss_weight[name] * world / rows_averaged[name]
+                    with gradients.of_task(name):
+                        for batch in batches_of_task:
+                            with gradients.micro_batch(last=batch is last):
+                                raw_NO = ddp_model(name, batch.packed)
+                                loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
+                                accelerator.backward(loss_N.sum() * scale)
+                            loss_sum = loss_N.detach().sum()
+                            gradients.add_loss(name, loss_sum)
+                            meter.micro_batch(batch, loss_sum)
+                meter.conflict(gradients.combine())
                 if stage.gradients.clip_norm is not None:
                     meter.norm = accelerator.clip_grad_norm_(model.parameters(), stage.gradients.clip_norm)
                 optimizer.step()
@@ -161,10 +176,8 @@ def stage_optimizer(model: MultiTaskModel, stage: Stage, device_type: str) -> Op
         optimizer = build_optimizer(model.named_parameters(), stage.optim, device_type, stage.trains)
     except UserError as error:
         raise UserError(f"{stage.label}{error}") from None
-    for name, task in stage.tasks.items():
-        used = [model.encoder.embeddings, model.encoder.layers, model.heads[name]]
-        used += [model.encoder.pooler] if task.pooling == "pooler" else []
-        if not any(parameter.requires_grad for part in used for parameter in part.parameters()):
+    for name in stage.tasks:
+        if not any(parameter.requires_grad for _, parameter in model.reached_by(name)):
             raise UserError(
                 f"{stage.label}task '{name}' has nothing to train: "
                 "trains and optim.rules freeze the encoder and all of its head"
@@ -217,6 +230,14 @@ def start_run_folder(config: Experiment, splits: Splits, overwrite: bool) -> Non
             for by_task in splits.values():
                 for name, split in by_task.items():
                     file.writelines(f"{name}\t{place(split.source, b.line)}\t{b.message}\n" for b in split.rejected())
+
+
+def rows_of_step(stage: Stage, draws: list[Draw]) -> dict[str, int]:
+    """How many rows a step draws of each of its tasks, in the order of their first draws."""
+    rows: dict[str, int] = {}
+    for task, _ in draws:
+        rows[task] = rows.get(task, 0) + stage.tasks[task].batch_size
+    return rows
 
 
 def evaluation_steps(config: Experiment, order: Order) -> Iterator[int]:
@@ -309,12 +330,18 @@ class Meter:
         self.steps = 0
         self.waited = 0.0
         self.norm: Tensor | None = None
+        self.conflicts: list[Conflict] = []
         self.since = time.perf_counter()
 
     def micro_batch(self, batch: Batch, loss_sum: Tensor) -> None:
         """Counts a micro-batch of this rank."""
         self.loss_sums[batch.task] += loss_sum
         self.tokens += batch.packed.num_tokens
+
+    def conflict(self, conflict: Conflict | None) -> None:
+        """Notes how far the task gradients of a step agreed, where that is known."""
+        if conflict is not None:
+            self.conflicts.append(conflict)
 
     def waits(self, items: Iterable[T]) -> Iterator[T]:
         """The same items; measures how long they let the loop wait."""
@@ -373,6 +400,7 @@ class Meter:
             data_wait=self.waited / seconds,
             gradient_norm=None if self.norm is None else float(self.norm),
             skipped_steps=self.skipped,
+            surgery=mean_of(self.conflicts),
         )
         self.restart()
         return report

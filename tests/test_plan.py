@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -15,7 +16,8 @@ from rich.console import Console
 from mtl_dist.cli import main
 from mtl_dist.config import load
 from mtl_dist.experiment import Experiment
-from mtl_dist.plan import Plan, cost_of, plan, tables, timed_run
+from mtl_dist.plan import Plan, StageCost, cost_of, plan, tables, timed_run
+from mtl_dist.surgery.gradients import GradientsConfig
 from mtl_dist.tokenizer import load_tokenizer
 from mtl_dist.train import load_data
 
@@ -85,16 +87,26 @@ def test_every_stage_and_their_sums(tiny: Path) -> None:
     assert plan.stages[1].tokens == pytest.approx(16 * 9 * mean_tokens(tiny.parent)["same"])
     assert plan.tokens == plan.stages[0].tokens + plan.stages[1].tokens
     assert [stage.trained_parameters for stage in plan.stages] == [ENCODER + HEADS, HEADS, ENCODER + HEADS]
-    assert plan.stages[1].cost == cost_of(HEADS, 4)
+    assert plan.stages[1].cost == cost_of(HEADS, 0, 1, GradientsConfig(), 4)
     assert list(plan.stages[1].tasks) == ["same"]
     assert plan.stages[2].tasks["mood"].probability == (0, 0)
 
 
 def test_bytes_of_a_step() -> None:
-    cost = cost_of(parameters=100, ranks=4)
-    assert cost.bytes_sent_per_step == 600  # 2 x 3/4 x 400
-    assert (cost.gradient_bytes, cost.moment_bytes, cost.task_gradient_bytes) == (400, 800, 0)
-    assert [cost_of(100, ranks).bytes_sent_per_step for ranks in (1, 2)] == [0, 400]
+    def cost(ranks: int, **gradients: Any) -> StageCost:
+        return cost_of(100, shared=80, tasks=3, gradients=GradientsConfig.model_validate(gradients), ranks=ranks)
+
+    plain = cost(4)
+    assert plain.bytes_sent_per_step == 600  # 2 x 3/4 x 400
+    assert (plain.gradient_bytes, plain.moment_bytes, plain.task_gradient_bytes) == (400, 800, 0)
+    assert [cost(ranks).bytes_sent_per_step for ranks in (1, 2)] == [0, 400]
+    surgery = {"combiner": {"kind": "pcgrad"}}
+    # 3 rows of 320 and heads of 80, all-reduced; or 3 rows scattered, one gathered, and the heads all-reduced.
+    assert cost(4, **surgery).bytes_sent_per_step == 2 * 3 * (3 * 320 + 80) // 4
+    assert cost(4, **surgery, reduce="reduce_scatter").bytes_sent_per_step == 3 * (3 * 320 + 320 + 2 * 80) // 4
+    assert cost(4, **surgery).task_gradient_bytes == cost(1, measure=True).task_gradient_bytes == 3 * 320
+    assert cost(4, **surgery, reduce="reduce_scatter").task_gradient_bytes == 3 * 320 // 4 + 2 * 320
+    assert cost(4, **surgery, buffer_dtype="bf16").task_gradient_bytes == 3 * 160
 
 
 def repeated(plan: Plan) -> list[list[str]]:
@@ -150,7 +162,6 @@ def test_the_command_prints_the_plan(tiny: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(asdict(expected)))
     assert main(["plan", str(tiny), "--ranks", "4"]) == 0
     text = capsys.readouterr().out
-    assert "task gradients  none" in text
     assert "162.1 kB" in text  # 2 x 3/4 x 4 x 27,012
     assert "estimated time" not in text
     assert not (tiny.parent / "run").exists()
@@ -172,7 +183,7 @@ def test_mistakes_end_with_2(tiny: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--ranks", "0"], "--ranks is 0; give 1 or more"),
         (["--ranks", "2", "--measure"], "--ranks is 2, but --measure runs on the processes launched, which are 1"),
         (["tasks.mood.subsample.rows=41"], "tasks.mood.subsample.rows is 41, but train has only 40 rows"),
-        (["gradients.combiner.kind=pcgrad"], "gradient surgery (pcgrad) is not there yet"),
+        (["gradients.combiner.kind=pcgard"], "gradients.combiner.kind is 'pcgard'; did you mean 'pcgrad'?"),
         (["stages=[{trains: heads, tasks: [near]}]"], "stage '1': task 'near' has nothing to train"),
     ):
         assert main(["plan", str(tiny), *arguments]) == 2

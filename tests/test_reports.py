@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtl_dist.config import UserError, load
+from mtl_dist.config import load
 from mtl_dist.data.corpus import write_corpus
 from mtl_dist.experiment import Experiment
 from mtl_dist.metrics import overall
@@ -88,9 +88,8 @@ def path_of(key: str) -> Path:
 
 
 def read(key: str, *overrides: str) -> Experiment:
-    """The experiment, with the plain sum of the gradients where it asks for surgery."""
-    plain = ["gradients.combiner={kind: sum}"] if key in WITH_PCGRAD else []
-    return load(Experiment, path_of(key), [*plain, *overrides])
+    """The experiment."""
+    return load(Experiment, path_of(key), overrides)
 
 
 # What the files say
@@ -360,13 +359,10 @@ def test_every_report_trains_and_scores_its_tasks(key: str, corpus: Path, tmp_pa
     assert len({record["stage"] for record in records if record["kind"] == "dev"}) == len(experiment.all_stages())
 
 
-@pytest.mark.parametrize("key", WITH_PCGRAD)
-def test_surgery_is_refused_in_one_line(key: str) -> None:
-    with pytest.raises(UserError) as caught:
-        load(Experiment, path_of(key))
-    assert re.fullmatch(
-        rf"{re.escape(str(path_of(key)))}:\d+: gradients\.combiner: .*not there yet.*", str(caught.value)
-    )
+@pytest.mark.parametrize("key", [*BASES, *ROWS])
+def test_surgery_is_where_the_reports_have_it(key: str) -> None:
+    methods = {stage.gradients.combiner.kind for stage in read(key).all_stages()}
+    assert methods == ({"pcgrad"} if key in WITH_PCGRAD else {"sum"})
 
 
 def learning_rates(key: str, corpus: Path, layers: int) -> list[dict[str, float]]:

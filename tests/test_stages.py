@@ -211,7 +211,10 @@ def complaint(config: Path, *overrides: str) -> str:
             "[{}, {trains: heads}]",
             "stage '2': task 'near' has nothing to train: trains and optim.rules freeze the encoder and all of its",
         ),
-        ("[{gradients: {combiner: {kind: pcgrad}}}]", "gradient surgery (pcgrad) is not there yet"),
+        (
+            "[{mixer: {kind: round_robin}, gradients: {combiner: {kind: pcgrad}}}]",
+            "stage '1': mixer round_robin draws one task a step, but gradients.combiner pcgrad needs several",
+        ),
     ],
 )
 def test_stages_that_cannot_be(tiny: Path, stages: str, message: str) -> None:

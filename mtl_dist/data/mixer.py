@@ -80,6 +80,10 @@ class Mixer(Config):
     def refuse_others(self, tasks: list[str]) -> None:
         """Raises a ValueError if the mixer speaks of other tasks than the stage has."""
 
+    def most_tasks(self, tasks: int) -> int:
+        """How many of a stage's tasks a step can have."""
+        return 1
+
     @abstractmethod
     def order(self, sizes: Sizes, seed: Seed, epochs: float, steps: int | None = None) -> Order:
         """The draws of a stage that lasts for some epochs, or for some steps."""
@@ -98,6 +102,9 @@ class Joint(Mixer):
 
     kind: Literal["joint"] = "joint"
     epoch_ends: Literal["longest", "shortest"] = "longest"  # with the last row of the longest task, or of the shortest
+
+    def most_tasks(self, tasks: int) -> int:
+        return tasks
 
     def order(self, sizes: Sizes, seed: Seed, epochs: float, steps: int | None = None) -> Order:
         batches = [size.batches for size in sizes.values()]
@@ -254,6 +261,9 @@ class Sampled(Mixer):
 
     def order(self, sizes: Sizes, seed: Seed, epochs: float, steps: int | None = None) -> Order:
         return SampledOrder(self, sizes, seed, epochs, steps)
+
+    def most_tasks(self, tasks: int) -> int:
+        return min(self.draws_per_step or tasks, tasks)
 
     def slice_starts(self, order: "SampledOrder") -> list[int]:
         """The steps at which the probabilities change."""

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,13 @@ class MultiTaskModel(nn.Module):
     def forward(self, task: str, packed: Packed) -> Tensor:
         pooled_SD = pool(self.encoder(packed), packed, self.pooling[task], self.encoder)
         return self.heads[task](pooled_SD).float()  # type: ignore[no-any-return]
+
+    def reached_by(self, task: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that a task's forward pass goes through, with their names."""
+        unused = "" if self.pooling[task] == "pooler" else "encoder.pooler."
+        for name, parameter in self.named_parameters():
+            if name.startswith(("encoder.", f"heads.{task}.")) and not (unused and name.startswith(unused)):
+                yield name, parameter
 
 
 def drafts(name: str) -> tuple[str, str]:

@@ -1,0 +1,1 @@
+"""Gradient surgery: from each task's gradient to the one that is applied."""

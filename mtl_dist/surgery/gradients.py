@@ -1,0 +1,161 @@
+"""How a step's gradients come together: in DDP's own reduction, or task by task, with surgery before the optimizer.
+
+    with gradients.of_task("sst"):
+        with gradients.micro_batch(last): ... forward, backward ...
+    conflict = gradients.combine(step)
+
+Average first, then combine: every task's gradient is the mean over all ranks before its inner products are formed, so
+any number of ranks computes what one would compute with the whole global batch.
+"""
+
+# Shape suffixes: K = tasks of the step, S = shared parameters, G = groups of them that are combined by themselves.
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from mtl_dist.config import Config
+from mtl_dist.optim import Pattern
+from mtl_dist.surgery.combiners import AnyCombiner, GramCombiner, LossCombiner, Sum
+from mtl_dist.surgery.conflict import Conflict, conflict
+from mtl_dist.surgery.rows import Replicated, Rows, Scattered
+
+
+class GradientsConfig(Config):
+    """How a step's gradients are gathered and combined."""
+
+    combiner: AnyCombiner = Sum()
+    # What is combined as one: all shared parameters, or each layer of the encoder by itself.
+    scope: Literal["shared", "layers"] = "shared"
+    match: Pattern = "."  # only shared parameters of these names; the others' gradients are added up
+    every: PositiveInt = 1  # surgery on every n-th step, the plain sum on those between
+    measure: bool = False  # how far the tasks' gradients agree, also where they are only added up
+    # all_reduce sends 2 K P elements a step; reduce_scatter (K + 1) P, and keeps K P / W of them.
+    reduce: Literal["all_reduce", "reduce_scatter"] = "all_reduce"
+    buffer_dtype: Literal["fp32", "bf16"] = "fp32"  # of the tasks' gradients
+    # per_task: a draw counts by its mean loss; per_sample: every row of a step counts alike, so large batches win.
+    reweight: Literal["per_task", "per_sample"] = "per_task"
+    accumulation: PositiveInt = 1  # micro-batches that each process computes a draw in; changes memory alone
+    max_tokens: PositiveInt | None = None  # of a micro-batch: there are as many more of them as this takes
+    clip_norm: PositiveFloat | None = None  # largest norm of the gradient, over all parameters
+
+    @property
+    def operates(self) -> bool:
+        """Whether the combination is another than the sum."""
+        return isinstance(self.combiner, GramCombiner) and not isinstance(self.combiner, Sum)
+
+
+class Gradients:
+    """What a stage does with its gradients.
+
+    Without surgery DDP reduces their sum, while the last micro-batch computes its own. With it every task has a row.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        ddp_model: nn.Module,
+        config: GradientsConfig,
+        reached: Mapping[str, Sequence[tuple[str, nn.Parameter]]],
+        most_tasks: int,
+        seed: tuple[int, int],
+    ) -> None:
+        """`reached` are the parameters, with their names, that each task goes through."""
+        self.accelerator = accelerator
+        self.ddp_model = ddp_model
+        self.config = config
+        self.seed = seed
+        self.state: dict[str, dict[str, Any]] = {}  # the combiner's, for each group of parameters
+        trained = {task: {name: p for name, p in pairs if p.requires_grad} for task, pairs in reached.items()}
+        shared = {name: p for pairs in trained.values() for name, p in pairs.items() if name.startswith("encoder.")}
+        self.groups = groups_of(list(shared), config)
+        self.rows: Rows | None = None
+        if (config.operates or config.measure) and shared:
+            scattered = config.reduce == "reduce_scatter" and accelerator.num_processes > 1
+            self.rows = (Scattered if scattered else Replicated)(
+                list(shared.values()),
+                own={task: [p for name, p in pairs.items() if name not in shared] for task, pairs in trained.items()},
+                used={task: [p for name, p in pairs.items() if name in shared] for task, pairs in trained.items()},
+                most_tasks=most_tasks,
+                dtype=torch.bfloat16 if config.buffer_dtype == "bf16" else torch.float32,
+            )
+
+    def start(self, step: int, rows_drawn: dict[str, int]) -> None:
+        """Begins a step of the stage, with so many rows of each of its tasks on all ranks together."""
+        self.step = step
+        self.rows_drawn = rows_drawn
+        self.loss_sums = {task: torch.zeros((), device=self.accelerator.device) for task in rows_drawn}
+        self.operates = step % self.config.every == 0
+        self.by_task = self.rows is not None and (self.operates or self.config.measure)
+        if self.rows is not None and self.by_task:
+            self.rows.start()
+
+    def loss_weights(self) -> dict[str, float]:
+        """What the losses of the step's tasks are multiplied with, besides their own weights."""
+        if isinstance(self.config.combiner, GramCombiner):
+            return dict.fromkeys(self.rows_drawn, 1.0)
+        return self.config.combiner.loss_weights(list(self.rows_drawn), self.state.setdefault("losses", {}))
+
+    def add_loss(self, task: str, loss_sum: Tensor) -> None:
+        """Notes the losses of a micro-batch, before any weight."""
+        self.loss_sums[task] += loss_sum
+
+    def of_task(self, task: str) -> AbstractContextManager[None]:
+        """Around all micro-batches of a task; once in a step."""
+        return self.rows.of_task(task) if self.rows is not None and self.by_task else nullcontext()
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; `last` is the step's last one."""
+        return nullcontext() if last and not self.by_task else self.accelerator.no_sync(self.ddp_model)
+
+    def combine(self) -> Conflict | None:
+        """Leaves the combined gradient in the parameters; says what the tasks' were like, where they are known."""
+        if isinstance(self.config.combiner, LossCombiner):
+            sums = self.accelerator.reduce(torch.stack(list(self.loss_sums.values()))).tolist()
+            losses = {task: s / n for (task, n), s in zip(self.rows_drawn.items(), sums, strict=True)}
+            self.config.combiner.observe(losses, self.state.setdefault("losses", {}))
+        if self.rows is None or not self.by_task:
+            return None
+        grams_SKK = self.rows.grams()
+        if (scaler := self.accelerator.scaler) is not None:
+            grams_SKK /= scaler.get_scale() ** 2
+        weights_SK = self._weights(grams_SKK)
+        self.rows.deposit(weights_SK)
+        return conflict(self.rows.tasks, grams_SKK, weights_SK)
+
+    def _weights(self, grams_SKK: Tensor) -> Tensor:
+        """How often each task's gradient of each shared parameter goes into the combined one: the same on all ranks."""
+        assert self.rows is not None
+        weights_SK = grams_SKK.new_ones(grams_SKK.shape[:2])
+        if self.operates and isinstance(self.config.combiner, GramCombiner) and self.accelerator.is_main_process:
+            seed = np.random.SeedSequence((*self.seed, self.step)).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(seed[0]) % 2**63)
+            for group, members in self.groups.items():
+                state = self.state.setdefault(group, {})
+                gram_KK = grams_SKK[members].sum(0)
+                weights_SK[members] = self.config.combiner.weights(gram_KK, self.rows.tasks, state, generator)
+        # One rank decides: on another processor a sign near zero could come out the other way.
+        if self.rows.world > 1:
+            on_device = weights_SK.to(self.accelerator.device)
+            dist.broadcast(on_device, src=0)
+            weights_SK = on_device.cpu()
+        return weights_SK
+
+
+def groups_of(names: list[str], config: GradientsConfig) -> dict[str, list[int]]:
+    """The parameters that are combined as one, by their places; those that no group has are added up."""
+    groups: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        if re.search(config.match, name):
+            layer = re.match(r"encoder\.(layers\.\d+|\w+)", name)
+            group = layer[1] if layer and config.scope == "layers" else "shared"
+            groups.setdefault(group, []).append(place)
+    return groups

@@ -33,7 +33,7 @@ from mtl_dist.model.multitask import BEST, MultiTaskModel, drafts, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
 from mtl_dist.surgery.conflict import Conflict, mean_of
-from mtl_dist.surgery.gradients import Gradients
+from mtl_dist.surgery.gradients import Gradients, groups_of
 from mtl_dist.telemetry import (
     METRICS,
     TENSORBOARD,
@@ -167,6 +167,10 @@ def build_model(config: Experiment, tokenizer: Tokenizer, device_type: str) -> M
     model = MultiTaskModel(build_encoder(config.encoder, tokenizer), config.tasks)
     for stage in config.all_stages():
         stage_optimizer(model, stage, device_type)
+        if not groups_of(
+            [name for name, _ in model.named_parameters() if name.startswith("encoder.")], stage.gradients
+        ):
+            raise UserError(f"{stage.label}gradients.match matches no shared parameter: '{stage.gradients.match}'")
     return model
 
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, cast, get_args, get_origin
@@ -93,11 +94,7 @@ def load(model: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         if "extends" in base:
             raise UserError(f"{base_places['extends',]}: {path} extends this file, which may not extend another one")
 
-        def forget(keys: Keys) -> None:
-            for replaced in [old for old in base_places if old[: len(keys)] == keys]:
-                del base_places[replaced]
-
-        raw = overlay(base, raw, on_replaced=forget)
+        raw = overlay(base, raw, on_replaced=partial(_forget, base_places))
         places = base_places | places
     for override in overrides:
         _override(raw, override, places)
@@ -253,9 +250,14 @@ def _override(raw: dict[str, Any], override: str, places: dict[Keys, str]) -> No
         else:
             raise UserError(f"{place}: {_dotted(keys)} is {_show(here)}; there is no {part!r} in it")
         keys = (*keys, key)
+    _forget(places, keys)
+    here[key] = _read(text, lambda line: place, keys, places)
+
+
+def _forget(places: dict[Keys, str], keys: Keys) -> None:
+    """Drops the places of a part that was replaced whole."""
     for replaced in [old for old in places if old[: len(keys)] == keys]:
         del places[replaced]
-    here[key] = _read(text, lambda line: place, keys, places)
 
 
 # What pydantic wanted where it complains of a wrong `<name>_type`.

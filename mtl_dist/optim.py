@@ -191,8 +191,7 @@ def build_optimizer(
     parameters = dict(named_parameters)
     _check_rules(config.rules, parameters)
     for pattern in trains:
-        if not any(re.search(pattern, name) for name in parameters):
-            raise UserError(f"trains matches no parameter: '{pattern}'{_nearest(pattern, parameters)}")
+        _refuse_unmatched("trains", pattern, parameters)
     num_layers = 1 + max((_layer_of(name) for name in parameters), default=-1)
     params_by_setting = defaultdict(list)
     for name, param in parameters.items():
@@ -229,16 +228,17 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 def _check_rules(rules: list[Rule], names: Collection[str]) -> None:
     for i, rule in enumerate(rules):
-        if not any(re.search(rule.match, name) for name in names):
-            raise UserError(f"optim.rules[{i}] matches no parameter: '{rule.match}'{_nearest(rule.match, names)}")
+        _refuse_unmatched(f"optim.rules[{i}]", rule.match, names)
     for name in names:
         if not any(re.search(rule.match, name) for rule in rules):
             raise UserError(f"optim.rules match nothing for '{name}'; end the list with a '.*' rule")
 
 
-def _nearest(pattern: str, names: Collection[str]) -> str:
-    near = get_close_matches(pattern, {part for name in names for part in name.split(".")}, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+def _refuse_unmatched(where: str, pattern: str, names: Collection[str]) -> None:
+    if not any(re.search(pattern, name) for name in names):
+        near = get_close_matches(pattern, {part for name in names for part in name.split(".")}, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"{where} matches no parameter: '{pattern}'{hint}")
 
 
 def _setting_of(name: str, config: OptimConfig) -> dict[str, Any]:

@@ -92,11 +92,12 @@ class Gradients:
         """Begins a step of the stage, with so many rows of each of its tasks on all ranks together."""
         self.step = step
         self.rows_drawn = rows_drawn
-        self.loss_sums = {task: torch.zeros((), device=self.accelerator.device) for task in rows_drawn}
         self.operates = step % self.config.every == 0
-        self.by_task = self.rows is not None and (self.operates or self.config.measure)
-        if self.rows is not None and self.by_task:
-            self.rows.start()
+        self.filled = self.rows if self.operates or self.config.measure else None
+        if self.filled is not None:
+            self.filled.start()
+        if isinstance(self.config.combiner, LossCombiner):
+            self.loss_sums = {task: torch.zeros((), device=self.accelerator.device) for task in rows_drawn}
 
     def loss_weights(self) -> dict[str, float]:
         """What the losses of the step's tasks are multiplied with, besides their own weights."""
@@ -106,15 +107,16 @@ class Gradients:
 
     def add_loss(self, task: str, loss_sum: Tensor) -> None:
         """Notes the losses of a micro-batch, before any weight."""
-        self.loss_sums[task] += loss_sum
+        if isinstance(self.config.combiner, LossCombiner):
+            self.loss_sums[task] += loss_sum
 
     def of_task(self, task: str) -> AbstractContextManager[None]:
         """Around all micro-batches of a task; once in a step."""
-        return self.rows.of_task(task) if self.rows is not None and self.by_task else nullcontext()
+        return nullcontext() if self.filled is None else self.filled.of_task(task)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch; `last` is the step's last one."""
-        return nullcontext() if last and not self.by_task else self.accelerator.no_sync(self.ddp_model)
+        return nullcontext() if last and self.filled is None else self.accelerator.no_sync(self.ddp_model)
 
     def combine(self) -> Conflict | None:
         """Leaves the combined gradient in the parameters; says what the tasks' were like, where they are known."""
@@ -122,18 +124,17 @@ class Gradients:
             sums = self.accelerator.reduce(torch.stack(list(self.loss_sums.values()))).tolist()
             losses = {task: s / n for (task, n), s in zip(self.rows_drawn.items(), sums, strict=True)}
             self.config.combiner.observe(losses, self.state.setdefault("losses", {}))
-        if self.rows is None or not self.by_task:
+        if self.filled is None:
             return None
-        grams_SKK = self.rows.grams()
+        grams_SKK = self.filled.grams()
         if (scaler := self.accelerator.scaler) is not None:
             grams_SKK /= scaler.get_scale() ** 2
-        weights_SK = self._weights(grams_SKK)
-        self.rows.deposit(weights_SK)
-        return conflict(self.rows.tasks, grams_SKK, weights_SK)
+        weights_SK = self._weights(grams_SKK, self.filled.tasks)
+        self.filled.deposit(weights_SK)
+        return conflict(self.filled.tasks, grams_SKK, weights_SK)
 
-    def _weights(self, grams_SKK: Tensor) -> Tensor:
+    def _weights(self, grams_SKK: Tensor, tasks: list[str]) -> Tensor:
         """How often each task's gradient of each shared parameter goes into the combined one: the same on all ranks."""
-        assert self.rows is not None
         weights_SK = grams_SKK.new_ones(grams_SKK.shape[:2])
         if self.operates and isinstance(self.config.combiner, GramCombiner) and self.accelerator.is_main_process:
             seed = np.random.SeedSequence((*self.seed, self.step)).generate_state(1, np.uint64)
@@ -141,9 +142,9 @@ class Gradients:
             for group, members in self.groups.items():
                 state = self.state.setdefault(group, {})
                 gram_KK = grams_SKK[members].sum(0)
-                weights_SK[members] = self.config.combiner.weights(gram_KK, self.rows.tasks, state, generator)
+                weights_SK[members] = self.config.combiner.weights(gram_KK, tasks, state, generator)
         # One rank decides: on another processor a sign near zero could come out the other way.
-        if self.rows.world > 1:
+        if self.accelerator.num_processes > 1:
             on_device = weights_SK.to(self.accelerator.device)
             dist.broadcast(on_device, src=0)
             weights_SK = on_device.cpu()

@@ -22,6 +22,7 @@ setup(
         "datasets>=4.0",
         "huggingface-hub>=0.30",
         "numpy>=1.26",
+        "pillow>=10.1",
         "pyarrow>=16",
         "pydantic>=2.10",
         "PyYAML>=6.0",
@@ -31,8 +32,9 @@ setup(
         "tokenizers>=0.20",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.18"],
+        "deepspeed": ["deepspeed>=0.18", "transformers>=4.50"],
         "dev": [
+            "deepspeed>=0.18",
             "hypothesis",
             "matplotlib",
             "mypy",

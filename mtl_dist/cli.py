@@ -97,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     config(sub)
     as_json(sub)
 
+    as_json(command("doctor", _doctor, "say what this machine can run, and what is missing"))
+
     command("schema", _schema, "print the JSON schema of configs, for editors")
 
     sub = command("corpus", _corpus, "write the demo corpus: three small tasks, generated")
@@ -232,6 +234,19 @@ def _noting(problems: list[str]) -> Iterator[None]:
         yield
     except UserError as error:
         problems.append(str(error))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from mtl_dist.doctor import facts, tables
+
+    if not _is_first_rank():
+        return
+    found = facts()
+    if arguments.json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        for part in tables(found):
+            _print(part)
 
 
 def _schema(arguments: argparse.Namespace) -> None:

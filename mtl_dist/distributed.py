@@ -5,22 +5,26 @@ Whatever was asked for and is not there (processes, CUDA, a precision, an engine
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal, TypeVar
+from importlib.util import find_spec
+from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
+    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     gather_object,
     str_to_bool,
 )
 from pydantic import Field, PositiveInt
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from mtl_dist.config import Config, UserError
 
@@ -52,15 +56,26 @@ def processes(config: DistributedConfig, precision: Precision | None) -> Iterato
 
 def start(config: DistributedConfig, precision: Precision | None) -> Accelerator:
     """Joins the processes, after checking that what was asked for is there."""
-    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if _launcher_says(f"ACCELERATE_USE_{engine}"):
-            raise UserError(f"the launcher asks for {engine}, which is not supported; launch with DDP instead")
+    if _launcher_says("ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError("the launcher asks for Megatron-LM, which is not supported; use DDP, DeepSpeed or FSDP2")
+    deepspeed, fsdp = _launcher_says("ACCELERATE_USE_DEEPSPEED"), _launcher_says("ACCELERATE_USE_FSDP")
+    if (deepspeed or fsdp) and "LOCAL_RANK" not in os.environ:
+        raise UserError("DeepSpeed and FSDP2 need their processes started: accelerate launch -m mtl_dist train CONFIG")
+    if (accumulation := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) not in ("1", "auto"):
+        raise UserError(
+            f"the launcher's gradient_accumulation_steps is {accumulation}; "
+            "set gradients.accumulation in the experiment"
+        )
     cpu = config.device == "cpu" or (config.device == "auto" and _launcher_says("ACCELERATE_USE_CPU"))
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("distributed.device is 'cuda', but torch finds no CUDA device here")
     if config.device == "cuda" and _launcher_says("ACCELERATE_USE_CPU"):
         raise UserError("distributed.device is 'cuda', but the launcher says use_cpu")
+    if cpu and (deepspeed or fsdp) and torch.cuda.is_available():
+        raise UserError("DeepSpeed and FSDP2 take the GPUs where there are some; hide them: CUDA_VISIBLE_DEVICES=''")
     cpu = cpu or not torch.cuda.is_available()
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, it would warn that it chose so
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.processes not in (None, world):
         raise UserError(
@@ -69,28 +84,112 @@ def start(config: DistributedConfig, precision: Precision | None) -> Accelerator
         )
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     mixed = launched if precision is None else precision.replace("fp32", "no")
+    timeout = timedelta(seconds=config.timeout_s)
+    options: dict[str, Any] = {"cpu": cpu}
+    if deepspeed:
+        plugin = _deepspeed_plugin(precision)
+        mixed = deepspeed_precision(plugin.deepspeed_config)
+        options = {"deepspeed_plugin": plugin}
+    elif fsdp:
+        options = {"fsdp_plugin": _fsdp_plugin(mixed)}
     _check_precision(mixed, cpu)
+    if cpu and (deepspeed or fsdp):
+        _let_accelerate_use_cpus(timeout)
 
     accelerator = Accelerator(
-        cpu=cpu,
+        **options,
         mixed_precision=mixed,
         kwargs_handlers=[
-            InitProcessGroupKwargs(
-                backend="gloo" if cpu and world > 1 else None, timeout=timedelta(seconds=config.timeout_s)
-            ),
+            InitProcessGroupKwargs(backend="gloo" if cpu and (world > 1 or deepspeed) else None, timeout=timeout),
             # A step's last micro-batch uses one task's head only.
             DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
         ],
     )
     assert accelerator.num_processes == world, f"{world} processes were asked for, {accelerator.num_processes} came"
     assert accelerator.device.type == ("cpu" if cpu else "cuda")
-    expected = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    expected = [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]
+    if deepspeed or fsdp:
+        expected = [DistributedType.DEEPSPEED if deepspeed else DistributedType.FSDP]
     assert accelerator.distributed_type in expected, f"unexpected engine {accelerator.distributed_type}"
     return accelerator
 
 
 def _launcher_says(variable: str) -> bool:
     return bool(str_to_bool(os.environ.get(variable, "false")))
+
+
+def _deepspeed_plugin(precision: Precision | None) -> DeepSpeedPlugin:
+    """What the launcher says of DeepSpeed, after checking that nothing in it contradicts the experiment."""
+    # Accelerate reads DeepSpeed's config with the help of transformers.
+    if find_spec("deepspeed") is None or find_spec("transformers") is None:
+        raise UserError("the launcher asks for DeepSpeed, which is not installed: pip install 'mtl_dist[deepspeed]'")
+    try:
+        plugin = DeepSpeedPlugin()
+    except ValueError as error:
+        raise UserError(f"DeepSpeed's config cannot be used: {error}") from error
+    config = plugin.deepspeed_config
+    zero = config["zero_optimization"]
+    if zero.get("stage", 0) not in (1, 2, 3):
+        raise UserError(f"DeepSpeed's zero_optimization.stage is {zero.get('stage', 0)}; use 1, 2 or 3, or launch DDP")
+    for offload in ("offload_optimizer", "offload_param"):
+        if zero.get(offload, {}).get("device", "none") != "none":
+            raise UserError(f"DeepSpeed's zero_optimization.{offload} is not supported; leave it out")
+    for key, ours in DEEPSPEED_KEYS.items():
+        if config.get(key, "auto") not in ("auto", 0, *([1] if key == "gradient_accumulation_steps" else [])):
+            raise UserError(
+                f"DeepSpeed's {key} is given in its config; remove it there, and set {ours} in the experiment"
+            )
+    for name in ("bf16", "fp16"):
+        if precision is not None:
+            config[name] = {**config.get(name, {}), "enabled": precision == name}
+    accumulates_in = config.get("data_types", {}).get("grad_accum_dtype")
+    if zero["stage"] == 1 and deepspeed_precision(config) == "bf16" and accumulates_in == "fp32":
+        raise UserError(
+            "ZeRO-1 cannot add up bf16 gradients in fp32; use stage 2, or leave out data_types.grad_accum_dtype"
+        )
+    # How many rows a step has, and on which rank, is decided by the experiment.
+    config.pop("train_batch_size", None)
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    return plugin
+
+
+DEEPSPEED_KEYS = {  # and what in the experiment decides in their place
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "gradient_clipping": "gradients.clip_norm",
+    "gradient_accumulation_steps": "gradients.accumulation",
+}
+
+
+def deepspeed_precision(config: Mapping[str, Any]) -> str:
+    """The precision of a DeepSpeed config, in Accelerate's words."""
+    return next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True), "no")
+
+
+def _fsdp_plugin(mixed: str) -> FullyShardedDataParallelPlugin:
+    """What the launcher says of FSDP; gradients are averaged in fp32, whatever the precision of the products."""
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise UserError("the launcher asks for FSDP 1, which is not supported; set fsdp_version: 2")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise UserError("FSDP's fsdp_offload_params is not supported; leave it out")
+    if mixed == "fp16":
+        raise UserError("precision fp16 is not supported under FSDP2; use bf16 or fp32")
+    if mixed == "bf16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+    return plugin
+
+
+def _let_accelerate_use_cpus(timeout: timedelta) -> None:
+    """Accelerate runs DeepSpeed and FSDP2 on GPUs; without any, this makes it take CPU processes in their place."""
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # which turns either of them into DDP
+    if _launcher_says("ACCELERATE_USE_DEEPSPEED"):
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; to compile it takes a minute
+    else:
+        PartialState(backend="gloo", timeout=timeout)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def _check_precision(precision: str, cpu: bool) -> None:
@@ -107,7 +206,29 @@ def describe(accelerator: Accelerator) -> str:
     processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
     threads = f", {torch.get_num_threads()} thread(s) each" if accelerator.device.type == "cpu" else ""
-    return f"{processes} on {device}{threads}, {accelerator.mixed_precision.replace('no', 'fp32')}"
+    engine = f", {engine_name(accelerator)}" if accelerator.num_processes > 1 else ""
+    return f"{processes} on {device}{threads}{engine}, {precision_of(accelerator)}"
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """What trains, as people call it."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "FSDP2"
+    return "DDP" if accelerator.num_processes > 1 else "one process"
+
+
+def precision_of(accelerator: Accelerator) -> Precision:
+    """In which precision the model computes."""
+    precision: Precision = accelerator.mixed_precision.replace("no", "fp32")
+    return precision
+
+
+def autocast(accelerator: Accelerator) -> torch.autocast:
+    """Makes a model that no engine wraps compute in the run's precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_of(accelerator))
+    return torch.autocast(accelerator.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def first_then_others(accelerator: Accelerator, work: Callable[[], T]) -> T:

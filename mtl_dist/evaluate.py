@@ -19,7 +19,7 @@ from mtl_dist.config import UserError, refusing
 from mtl_dist.data.batches import eval_batches
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import File, Format
-from mtl_dist.distributed import first_then_others, on_one, processes
+from mtl_dist.distributed import autocast, first_then_others, on_one, processes
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import BEST, MultiTaskModel, load_model
 from mtl_dist.objectives import Classification, Regression
@@ -38,7 +38,8 @@ def predict(
     model.eval()
     predictions = np.full(len(split), np.nan)
     for batch in eval_batches(name, split, np.arange(rank, len(split), world), max_tokens):
-        raw_NO = model(name, batch.packed.to(accelerator.device))
+        with autocast(accelerator):
+            raw_NO = model(name, batch.packed.to(accelerator.device))
         predictions[batch.rows] = task.loss.predict(raw_NO, task.label).double().cpu().numpy()
     model.train(was_training)
     # Each rank fills in its own rows: none is counted twice, and a rank may have none at all.
@@ -124,7 +125,7 @@ def best_of(config: Experiment, folder: Path) -> Iterator[tuple[Accelerator, Mul
     wanted = config.distributed.model_copy(update={"processes": None})
     with processes(wanted, config.precision) as accelerator:
         model, tokenizer = first_then_others(accelerator, lambda: load_model(folder / BEST, config.tasks))
-        yield accelerator, accelerator.prepare_model(model, evaluation_mode=True), tokenizer
+        yield accelerator, model.to(accelerator.device), tokenizer
 
 
 def evaluate_run(config: Experiment, folder: Path, split_name: SplitName) -> Scores:

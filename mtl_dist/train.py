@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -26,7 +27,8 @@ from mtl_dist.data.batches import Batch, RowStream, TrainBatches, TrainRows, pre
 from mtl_dist.data.mixer import Draw, Order
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import place
-from mtl_dist.distributed import describe, first_then_others, on_one, processes, seed_step
+from mtl_dist.distributed import describe, engine_name, first_then_others, on_one, processes, seed_step
+from mtl_dist.engine import Stepped, start_engine
 from mtl_dist.evaluate import Scores, deciding_score, main_scores, score_all
 from mtl_dist.experiment import Experiment, Stage
 from mtl_dist.model.multitask import BEST, MultiTaskModel, drafts, save_model
@@ -64,6 +66,7 @@ def train(config: Experiment, overwrite: bool = False) -> Scores:
 
 def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Scores:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    refuse_what_the_engine_cannot(accelerator, config)
     console = make_console(accelerator.is_main_process)
     tokenizer = first_then_others(accelerator, lambda: load_tokenizer(config.encoder.tokenizer_source))
     splits = first_then_others(accelerator, lambda: load_data(config, tokenizer, console))
@@ -88,14 +91,13 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
         for stage, order in zip(stages, orders, strict=True):
             if len(stages) > 1:
                 screen.line(f"stage {stage.name}: {', '.join(stage.tasks)}, {order.steps:,} steps")
-            ddp_model, optimizer = accelerator.prepare(model, stage_optimizer(model, stage, device.type))
-            model = accelerator.unwrap_model(ddp_model)
+            optimizer = stage_optimizer(model, stage, device.type)
             if stage.carry_moments:
                 optimizer.state.update({p: carried[p] for p in model.parameters() if p.requires_grad and p in carried})
-            reached = {name: list(model.reached_by(name)) for name in stage.tasks}
+            reached = {name: {parameter for parameter, _ in model.reached_by(name)} for name in stage.tasks}
+            engine = start_engine(accelerator, model, optimizer, stage.gradients.clip_norm, reached)
             most_tasks = stage.mixer.most_tasks(len(stage.tasks))
-            seed = (config.seed, stage.number)
-            gradients = Gradients(accelerator, ddp_model, stage.gradients, reached, most_tasks, seed)
+            gradients = Gradients(engine, stage.gradients, most_tasks, (config.seed, stage.number))
             batches = train_batches(config, stage, order, splits["train"], rank, world)
             evaluations = evaluation_steps(config, order)
             next_evaluation = next(evaluations, None)
@@ -106,7 +108,6 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
                 rows_averaged = rows_of_mean(stage, draws)
                 micro_batches = [batch.to(device) for batch in micro_batches]
                 by_task = {name: [batch for batch in micro_batches if batch.task == name] for name, _ in draws}
-                last = next(reversed(by_task.values()))[-1]
                 gradients.start(step, rows_of_step(stage, draws))
                 loss_weight = gradients.loss_weights()
                 for name, batches_of_task in by_task.items():
@@ -115,19 +116,15 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
                     scale = task.weight * loss_weight[name] * world / rows_averaged[name]
                     with gradients.of_task(name):
                         for batch in batches_of_task:
-                            with gradients.micro_batch(last=batch is last):
-                                raw_NO = ddp_model(name, batch.packed)
+                            with gradients.micro_batch(last=batch is batches_of_task[-1]):
+                                raw_NO = engine.forward(name, batch.packed)
                                 loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
-                                accelerator.backward(loss_N.sum() * scale)
+                                engine.backward(loss_N.sum() * scale)
                             loss_sum = loss_N.detach().sum()
                             gradients.add_loss(name, loss_sum)
                             meter.micro_batch(batch, loss_sum)
                 meter.conflict(gradients.combine())
-                if stage.gradients.clip_norm is not None:
-                    meter.norm = accelerator.clip_grad_norm_(model.parameters(), stage.gradients.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                meter.step(task for task, _ in draws)
+                meter.step([task for task, _ in draws], engine.step())
 
                 done += 1
                 if done % config.log.every_steps == 0 or step + 1 == order.steps:
@@ -137,16 +134,27 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
                         recorder.record(done, "train", report.as_record())
                 if step + 1 == next_evaluation:
                     next_evaluation = next(evaluations, None)
-                    with meter.paused():
-                        judge.evaluate(model, stage.name, done)
-            judge.evaluate(model, stage.name, done)
+                    with meter.paused(), engine.whole() as whole:
+                        judge.evaluate(whole, stage.name, done)
+            with engine.whole() as whole:
+                judge.evaluate(whole, stage.name, done)
             carried = carried | optimizer.state if any(s.carry_moments for s in stages[stage.number + 1 :]) else {}
-            accelerator.free_memory()
-            model = accelerator.unwrap_model(ddp_model, keep_fp32_wrapper=False)
+            model = engine.close()
     if recorder:
         recorder.close()
         show_results(config, judge, screen, total_steps)
     return judge.best
+
+
+def refuse_what_the_engine_cannot(accelerator: Accelerator, config: Experiment) -> None:
+    """Refuses what DDP and one process can do, and DeepSpeed and FSDP2 cannot."""
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        for stage in config.all_stages():
+            if stage.carry_moments:
+                raise UserError(
+                    f"{stage.label}carry_moments needs DDP or one process: {engine_name(accelerator)} "
+                    "spreads the moments over the ranks; leave it out"
+                )
 
 
 def load_data(config: Experiment, tokenizer: Tokenizer, console: Console) -> Splits:
@@ -323,7 +331,6 @@ class Meter:
         self.sizes = sizes
         self.draws = dict.fromkeys(sizes, 0)
         self.skipped = 0
-        self.loss_scale = self._loss_scale()
         self.restart()
 
     def restart(self) -> None:
@@ -333,7 +340,7 @@ class Meter:
         self.tokens = 0
         self.steps = 0
         self.waited = 0.0
-        self.norm: Tensor | None = None
+        self.norm: float | Tensor | None = None
         self.conflicts: list[Conflict] = []
         self.since = time.perf_counter()
 
@@ -359,18 +366,13 @@ class Meter:
             self.waited += time.perf_counter() - start
             yield item
 
-    def step(self, draws: Iterable[str]) -> None:
+    def step(self, draws: Iterable[str], stepped: Stepped) -> None:
         """Counts a step of all ranks."""
         for task in draws:
             self.new_draws[task] += 1
         self.steps += 1
-        # A fused optimizer skips an overflow by itself; only the scale tells.
-        before, self.loss_scale = self.loss_scale, self._loss_scale()
-        self.skipped += self.loss_scale < before
-
-    def _loss_scale(self) -> float:
-        """The factor that keeps fp16 gradients in range, which falls when a step overflowed and was skipped."""
-        return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        self.norm = stepped.norm
+        self.skipped += stepped.skipped
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -72,6 +72,16 @@ def write_rows(path: Path, task: str, rows: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def write_experiment(folder: Path) -> Path:
+    for task, rows in (("mood", 40), ("same", 70), ("near", 7)):
+        write_rows(folder / f"{task}-train.tsv", task, rows)
+        write_rows(folder / f"{task}-dev.tsv", task, 5)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    config = folder / "tiny.yaml"
+    config.write_text(EXPERIMENT.format(folder=folder))
+    return config
+
+
 @pytest.fixture(autouse=True)
 def brief_collections() -> Iterator[None]:
     """Spares the garbage collections that end a run all that was there before it: they would take most of its time."""
@@ -83,10 +93,4 @@ def brief_collections() -> Iterator[None]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """The path of the experiment's YAML file; everything it names lies beside it."""
-    for task, rows in (("mood", 40), ("same", 70), ("near", 7)):
-        write_rows(tmp_path / f"{task}-train.tsv", task, rows)
-        write_rows(tmp_path / f"{task}-dev.tsv", task, 5)
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
-    config = tmp_path / "tiny.yaml"
-    config.write_text(EXPERIMENT.format(folder=tmp_path))
-    return config
+    return write_experiment(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -62,6 +63,18 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "output_dir" in schema["properties"]
     # A file that extends another one need not be whole.
     assert schema["anyOf"] == [{"required": ["extends"]}, {"required": ["output_dir", "encoder", "tasks"]}]
+
+
+def test_doctor_says_the_same_twice(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["doctor"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["python"] == platform.python_version()
+    assert all(f"{engine} {answer}" in shown for engine, answer in found["engines"].items())
+    monkeypatch.setenv("RANK", "1")
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out == ""  # only one process talks
 
 
 def test_validate_counts_rows(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

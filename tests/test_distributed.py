@@ -1,7 +1,9 @@
 """The harness itself: what it returns, and that no failure of a rank goes unseen."""
 
+import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,7 +74,9 @@ def test_every_rank_gets_its_own_result() -> None:
 @pytest.mark.parametrize(
     ("environment", "config", "precision", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, None, "asks for DEEPSPEED, which is not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, None, "asks for Megatron-LM, which is not supported; use DDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, None, "need their processes started: accelerate launch"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, None, r"is 4; set gradients\.accumulation"),
         ({}, {"device": "cuda"}, None, "distributed.device is 'cuda', but torch finds no CUDA device"),
         ({}, {"processes": 2}, None, "distributed.processes is 2, but 1 started"),
         ({}, {"device": "cpu"}, "fp16", "precision fp16 needs CUDA"),
@@ -91,6 +95,69 @@ def test_what_is_not_there_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         start(DistributedConfig(**config), precision)
+
+
+@pytest.mark.parametrize(
+    ("changes", "precision", "message"),
+    [
+        ({"zero_optimization": {"stage": 0}}, None, "stage is 0; use 1, 2 or 3, or launch DDP"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, None, "offload_optimizer is not"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            None,
+            "offload_param is not supported",
+        ),
+        ({"optimizer": {"type": "Adam"}}, None, "optimizer is given in its config; remove it there, and set optim in"),
+        ({"scheduler": {"type": "WarmupLR"}}, None, r"and set optim\.schedule in the experiment"),
+        ({"gradient_clipping": 1.0}, None, r"and set gradients\.clip_norm in the experiment"),
+        ({"gradient_accumulation_steps": 2}, None, r"and set gradients\.accumulation in the experiment"),
+        (
+            {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "bf16",
+            r"ZeRO-1 cannot add up bf16 gradients in fp32; use stage 2, or leave out data_types\.grad_accum_dtype",
+        ),
+        ({"fp16": {"enabled": True}}, None, "precision fp16 needs CUDA"),
+        ("nowhere.json", None, "DeepSpeed's config cannot be used: .*nowhere.json"),
+    ],
+)
+def test_what_deepspeed_cannot_do_here_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object] | str, precision: str, message: str
+) -> None:
+    path = tmp_path / "zero.json"
+    if isinstance(changes, str):
+        path = tmp_path / changes
+    else:
+        path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **changes}))
+    for name, value in {"USE_DEEPSPEED": "true", "DEEPSPEED_CONFIG_FILE": str(path)}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=message):
+        start(DistributedConfig(), precision)
+
+
+@pytest.mark.parametrize(
+    ("environment", "precision", "message"),
+    [
+        ({}, None, "asks for FSDP 1, which is not supported; set fsdp_version: 2"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, None, "fsdp_offload_params is not supported"),
+        ({"FSDP_VERSION": "2"}, "fp16", "fp16 is not supported under FSDP2; use bf16 or fp32"),
+    ],
+)
+def test_what_fsdp_cannot_do_here_is_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], precision: str, message: str
+) -> None:
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "LOCAL_RANK": "0", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        start(DistributedConfig(), precision)
+
+
+def test_deepspeed_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtl_dist.distributed.find_spec", lambda name: None)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=r"not installed: pip install 'mtl_dist\[deepspeed\]'"):
+        start(DistributedConfig(), None)
 
 
 def test_dropout_differs_by_step_and_rank_and_repeats() -> None:

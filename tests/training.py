@@ -1,15 +1,19 @@
 """Trains as users do, and as it would be written out by hand: what several test files compare."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
 from mtl_dist.config import load
 from mtl_dist.data.batches import RowStream, TrainRows, make_batch
+from mtl_dist.evaluate import Scores, score_all
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel, load_model
 from mtl_dist.model.weights import build_encoder
@@ -24,11 +28,39 @@ NO_DROPOUT = [
 
 
 def run(config: Path, *overrides: str) -> dict[str, Any]:
-    """Trains; returns the scores, and every parameter of the model that was kept."""
+    """Trains; returns the scores, every parameter as this rank last had it, and those of the model that was kept."""
     experiment = load(Experiment, config, overrides)
-    scores = train(experiment, overwrite=True)
-    model, _ = load_model(experiment.output_dir / "best", experiment.tasks)
-    return {"scores": scores, "parameters": {name: p.detach() for name, p in model.named_parameters()}}
+    here: dict[str, Tensor] = {}
+
+    def scored(accelerator: Accelerator, model: MultiTaskModel, *args: Any) -> Scores:
+        here.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        return score_all(accelerator, model, *args)
+
+    with patch("mtl_dist.train.score_all", scored):
+        scores = train(experiment, overwrite=True)
+    kept, _ = load_model(experiment.output_dir / "best", experiment.tasks)
+    return {"scores": scores, "parameters": here, "kept": {name: p.detach() for name, p in kept.named_parameters()}}
+
+
+ENGINES = {
+    "ddp": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Layer",
+    },
+    **{
+        f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+        for stage in (1, 2, 3)
+    },
+}  # and what the launcher says to have them
+
+
+def run_under(engine: str, config: Path, *overrides: str) -> dict[str, Any]:
+    """Trains on this rank as `accelerate launch` would have it."""
+    os.environ |= ENGINES[engine]
+    return run(config, *overrides)
 
 
 def far_apart(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

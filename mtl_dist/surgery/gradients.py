@@ -1,4 +1,4 @@
-"""How a step's gradients come together: in DDP's own reduction, or task by task, with surgery before the optimizer.
+"""How a step's gradients come together: in one reduction, or task by task, with surgery before the optimizer.
 
     with gradients.of_task("sst"):
         with gradients.micro_batch(last): ... forward, backward ...
@@ -11,22 +11,22 @@ any number of ranks computes what one would compute with the whole global batch.
 # Shape suffixes: K = tasks of the step, S = shared parameters, G = groups of them that are combined by themselves.
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtl_dist.config import Config
+from mtl_dist.engine import Engine
 from mtl_dist.optim import Pattern
 from mtl_dist.surgery.combiners import AnyCombiner, GramCombiner, LossCombiner, Sum
 from mtl_dist.surgery.conflict import Conflict, conflict
-from mtl_dist.surgery.rows import Replicated, Rows, Scattered
+from mtl_dist.surgery.rows import Layout, Rows
 
 
 class GradientsConfig(Config):
@@ -37,8 +37,9 @@ class GradientsConfig(Config):
     scope: Literal["shared", "layers"] = "shared"
     match: Pattern = "."  # only shared parameters of these names; the others' gradients are added up
     every: PositiveInt = 1  # surgery on every n-th step, the plain sum on those between
-    measure: bool = False  # how far the tasks' gradients agree, also where they are only added up
-    # all_reduce sends 2 K P elements a step; reduce_scatter (K + 1) P, and keeps K P / W of them.
+    # How far the tasks' gradients agree, also where they are only added up; `layers`: in each layer by itself as well.
+    measure: bool | Literal["layers"] = False
+    # Under DDP. all_reduce sends 2 K P elements a step; reduce_scatter (K + 1) P, and keeps K P / W of them.
     reduce: Literal["all_reduce", "reduce_scatter"] = "all_reduce"
     buffer_dtype: Literal["fp32", "bf16"] = "fp32"  # of the tasks' gradients
     # per_task: a draw counts by its mean loss; per_sample: every row of a step counts alike, so large batches win.
@@ -56,37 +57,31 @@ class GradientsConfig(Config):
 class Gradients:
     """What a stage does with its gradients.
 
-    Without surgery DDP reduces their sum, while the last micro-batch computes its own. With it every task has a row.
+    Without surgery the engine averages their sum, with the last micro-batch. With it every task has a row.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        ddp_model: nn.Module,
-        config: GradientsConfig,
-        reached: Mapping[str, Sequence[tuple[str, nn.Parameter]]],
-        most_tasks: int,
-        seed: tuple[int, int],
-    ) -> None:
-        """`reached` are the parameters, with their names, that each task goes through."""
-        self.accelerator = accelerator
-        self.ddp_model = ddp_model
+    def __init__(self, engine: Engine[Any], config: GradientsConfig, most_tasks: int, seed: tuple[int, int]) -> None:
+        self.engine = engine
+        self.accelerator = engine.accelerator
         self.config = config
         self.seed = seed
         self.state: dict[str, dict[str, Any]] = {}  # the combiner's, for each group of parameters
-        trained = {task: {name: p for name, p in pairs if p.requires_grad} for task, pairs in reached.items()}
-        shared = {name: p for pairs in trained.values() for name, p in pairs.items() if name.startswith("encoder.")}
-        self.groups = groups_of(list(shared), config)
+        trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+        reached = {task: [name for name in trained if name in names] for task, names in engine.reached.items()}
+        everywhere = set().union(*reached.values())
+        shared = [name for name in trained if name in everywhere and name.startswith("encoder.")]
+        self.groups = groups_of(shared, config)
+        self.layers = by_layer(shared) if config.measure == "layers" else None
         self.rows: Rows | None = None
         if (config.operates or config.measure) and shared:
-            scattered = config.reduce == "reduce_scatter" and accelerator.num_processes > 1
-            self.rows = (Scattered if scattered else Replicated)(
-                list(shared.values()),
-                own={task: [p for name, p in pairs.items() if name not in shared] for task, pairs in trained.items()},
-                used={task: [p for name, p in pairs.items() if name in shared] for task, pairs in trained.items()},
+            layout = Layout(
+                shared=[trained[name] for name in shared],
+                used={task: [trained[name] for name in names if name in shared] for task, names in reached.items()},
+                own={task: [trained[name] for name in names if name not in shared] for task, names in reached.items()},
                 most_tasks=most_tasks,
                 dtype=torch.bfloat16 if config.buffer_dtype == "bf16" else torch.float32,
             )
+            self.rows = engine.rows(layout, scatter=config.reduce == "reduce_scatter")
 
     def start(self, step: int, rows_drawn: dict[str, int]) -> None:
         """Begins a step of the stage, with so many rows of each of its tasks on all ranks together."""
@@ -94,6 +89,7 @@ class Gradients:
         self.rows_drawn = rows_drawn
         self.operates = step % self.config.every == 0
         self.filled = self.rows if self.operates or self.config.measure else None
+        self.engine.start(rows_drawn)
         if self.filled is not None:
             self.filled.start()
         if isinstance(self.config.combiner, LossCombiner):
@@ -111,12 +107,15 @@ class Gradients:
             self.loss_sums[task] += loss_sum
 
     def of_task(self, task: str) -> AbstractContextManager[None]:
-        """Around all micro-batches of a task; once in a step."""
+        """Around all micro-batches of a task; once in a step, in the order of the step's tasks."""
+        self.is_last_task = task == list(self.rows_drawn)[-1]
         return nullcontext() if self.filled is None else self.filled.of_task(task)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch; `last` is the step's last one."""
-        return nullcontext() if last and self.filled is None else self.accelerator.no_sync(self.ddp_model)
+        """Around forward and backward of a micro-batch; `last` is its task's last one."""
+        return self.engine.micro_batch(
+            averages=last and (self.is_last_task if self.filled is None else self.filled.averaged_by_engine)
+        )
 
     def combine(self) -> Conflict | None:
         """Leaves the combined gradient in the parameters; says what the tasks' were like, where they are known."""
@@ -127,11 +126,10 @@ class Gradients:
         if self.filled is None:
             return None
         grams_SKK = self.filled.grams()
-        if (scaler := self.accelerator.scaler) is not None:
-            grams_SKK /= scaler.get_scale() ** 2
+        grams_SKK /= self.engine.loss_scale**2
         weights_SK = self._weights(grams_SKK, self.filled.tasks)
         self.filled.deposit(weights_SK)
-        return conflict(self.filled.tasks, grams_SKK, weights_SK)
+        return conflict(self.filled.tasks, grams_SKK, weights_SK, self.layers)
 
     def _weights(self, grams_SKK: Tensor, tasks: list[str]) -> Tensor:
         """How often each task's gradient of each shared parameter goes into the combined one: the same on all ranks."""
@@ -151,12 +149,20 @@ class Gradients:
         return weights_SK
 
 
-def groups_of(names: list[str], config: GradientsConfig) -> dict[str, list[int]]:
+def groups_of(names: Sequence[str], config: GradientsConfig) -> dict[str, list[int]]:
     """The parameters that are combined as one, by their places; those that no group has are added up."""
-    groups: dict[str, list[int]] = {}
+    groups = by_layer(names) if config.scope == "layers" else {"shared": list(range(len(names)))}
+    matched = {
+        group: [place for place in places if re.search(config.match, names[place])] for group, places in groups.items()
+    }
+    return {group: places for group, places in matched.items() if places}
+
+
+def by_layer(names: Sequence[str]) -> dict[str, list[int]]:
+    """The places of the encoder's parameters, by the part of it that they belong to: embeddings, layers.0, ..."""
+    layers: dict[str, list[int]] = {}
     for place, name in enumerate(names):
-        if re.search(config.match, name):
-            layer = re.match(r"encoder\.(layers\.\d+|\w+)", name)
-            group = layer[1] if layer and config.scope == "layers" else "shared"
-            groups.setdefault(group, []).append(place)
-    return groups
+        layer = re.match(r"encoder\.(layers\.\d+|\w+)", name)
+        assert layer is not None, name
+        layers.setdefault(layer[1], []).append(place)
+    return layers

@@ -3,7 +3,7 @@
     rows.start()
     with rows.of_task("sst"): ... backward passes ...   # its reduction runs while the next task computes
     grams = rows.grams()                                # inner products of the tasks' gradients, for each parameter
-    rows.deposit(weights)                               # the combined gradient becomes the parameters' .grad
+    rows.deposit(weights)                               # the combined gradient is what the optimizer will see
 
 A row holds what the tasks share. What belongs to one task, its head, is averaged beside it and left as it is.
 """
@@ -12,30 +12,57 @@ A row holds what the tasks share. What belongs to one task, its head, is average
 # S = shared parameters.
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 CHUNK = 1 << 18  # elements whose products are summed at once
 
 Parameters = Sequence[nn.Parameter]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What the rows are made of."""
+
+    shared: list[nn.Parameter]
+    used: dict[str, list[nn.Parameter]]  # the shared ones that a task's forward pass reaches
+    own: dict[str, list[nn.Parameter]]  # those that no other task has
+    most_tasks: int  # of a step
+    dtype: torch.dtype  # of the rows
+
+    def reached(self, tasks: Iterable[str]) -> set[nn.Parameter]:
+        """The shared parameters that some of these tasks go through."""
+        return {parameter for task in tasks for parameter in self.used[task]}
+
+
 class Rows(ABC):
     """The rows of one step's tasks, in the order in which the tasks came."""
 
-    scattered: bool  # each rank holds other columns
-    rows_KN: Tensor
+    scattered = True  # each rank holds other columns
+    averaged_by_engine = True  # with the last micro-batch of each task; else by the rows themselves
     slices: list[slice]  # the columns of each shared parameter, as far as this rank holds them
+    rows_KN: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.tasks: list[str] = []
+        self.pending: list[dist.Work] = []
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def _allocate(self, elements: Iterable[int]) -> None:
+        """Makes the rows, of so many elements of each shared parameter."""
+        ends = [0, *accumulate(elements)]
+        self.slices = [slice(start, stop) for start, stop in pairwise(ends)]
+        device = self.layout.shared[0].device
+        self.rows_KN = torch.zeros(self.layout.most_tasks, ends[-1], dtype=self.layout.dtype, device=device)
 
     def start(self) -> None:
         """Begins a step."""
@@ -49,9 +76,11 @@ class Rows(ABC):
     def deposit(self, weights_SK: Tensor) -> None:
         """Makes the combination of the rows, and every head's own gradient, the gradients of the parameters."""
 
-    @abstractmethod
     def finish(self) -> None:
         """Waits for the reductions that are under way."""
+        for work in self.pending:
+            work.wait()
+        self.pending.clear()
 
     @torch.no_grad()
     def grams(self) -> Tensor:
@@ -88,35 +117,23 @@ class Replicated(Rows):
     """Under DDP: gradients accumulate straight into rows that every rank holds whole, and these are all-reduced."""
 
     scattered = False
+    averaged_by_engine = False
 
-    def __init__(
-        self,
-        shared: Parameters,
-        own: Mapping[str, Parameters],
-        used: Mapping[str, Parameters],
-        most_tasks: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """`used` are the shared parameters that a task's forward pass reaches, `own` those that no other task has."""
-        super().__init__()
-        self.shared = list(shared)
-        self.own = own
-        self.used = {task: {id(parameter) for parameter in parameters} for task, parameters in used.items()}
-        ends = [0, *accumulate(parameter.numel() for parameter in self.shared)]
-        self.columns = [slice(start, stop) for start, stop in pairwise(ends)]
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        self._allocate(parameter.numel() for parameter in layout.shared)
         self.own_rows = {
-            task: torch.zeros(sum(p.numel() for p in parameters), device=self.shared[0].device)
-            for task, parameters in own.items()
+            task: torch.zeros(sum(p.numel() for p in parameters), device=self.rows_KN.device)
+            for task, parameters in layout.own.items()
         }
-        self.pending: list[dist.Work] = []
-        self._allocate(ends[-1], most_tasks, dtype)
-
-    def _allocate(self, elements: int, most_tasks: int, dtype: torch.dtype) -> None:
-        self.slices = self.columns
-        device = self.shared[0].device
-        self.rows_KN = torch.zeros(most_tasks, elements, dtype=dtype, device=device)
         # Gradients are fp32; rows of another precision are rounded from one buffer that all tasks fill in turn.
-        self.filled_P = None if dtype == torch.float32 else torch.zeros(elements, device=device)
+        self.filled_P = (
+            None if layout.dtype == torch.float32 else self.rows_KN.new_zeros(self._width(), dtype=torch.float32)
+        )
+
+    def _width(self) -> int:
+        """Elements of a gradient before it is averaged."""
+        return self.rows_KN.shape[1]
 
     def _to_fill(self, k: int) -> Tensor:
         return self.rows_KN[k] if self.filled_P is None else self.filled_P
@@ -136,11 +153,11 @@ class Replicated(Rows):
         k = len(self.tasks)
         self.tasks.append(task)
         shared_P, own = self._to_fill(k), self.own_rows[task]
-        for flat, parameters in ((shared_P, self.shared), (own, self.own[task])):
+        for flat, parameters in ((shared_P, self.layout.shared), (own, self.layout.own[task])):
             flat.zero_()
             point_at(flat, parameters)
         yield
-        for parameter in (*self.shared, *self.own[task]):
+        for parameter in (*self.layout.shared, *self.layout.own[task]):
             parameter.grad = None
         if self.world > 1:
             shared_P.div_(self.world)
@@ -148,21 +165,13 @@ class Replicated(Rows):
         self._reduce(k, shared_P)
         self._all_reduce(own)
 
-    def finish(self) -> None:
-        """Waits for the reductions that are under way."""
-        for work in self.pending:
-            work.wait()
-        self.pending.clear()
-
     def deposit(self, weights_SK: Tensor) -> None:
         """Makes the combination of the rows, and every head's own gradient, the gradients of the parameters."""
-        point_at(self.whole(self.combined(weights_SK)), self.shared)
-        reached = set().union(*(self.used[task] for task in self.tasks))
-        for parameter in self.shared:
-            if id(parameter) not in reached:
-                parameter.grad = None  # a zero would let the optimizer move it
+        point_at(self.whole(self.combined(weights_SK)), self.layout.shared)
+        for parameter in set(self.layout.shared) - self.layout.reached(self.tasks):
+            parameter.grad = None  # a zero would let the optimizer move it
         for task in self.tasks:
-            point_at(self.own_rows[task], self.own[task])
+            point_at(self.own_rows[task], self.layout.own[task])
 
     def whole(self, combined_N: Tensor) -> Tensor:
         """The combined gradient of all columns."""
@@ -174,20 +183,24 @@ class Scattered(Replicated):
 
     scattered = True
 
-    def _allocate(self, elements: int, most_tasks: int, dtype: torch.dtype) -> None:
-        device = self.shared[0].device
-        width = -(-elements // self.world)
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        # One is on its way while the next task fills the other.
+        self.buffers = [self.rows_KN.new_zeros(self._width()) for _ in range(2)]
+        self.on_the_way: list[dist.Work | None] = [None, None]
+
+    def _allocate(self, elements: Iterable[int]) -> None:
+        ends = [0, *accumulate(elements)]
+        width = -(-ends[-1] // self.world)
         first = self.rank * width
         # Columns before this rank's first one are empty slices at its start, those behind its last at its end.
-        self.slices = [
-            slice(*(min(max(end - first, 0), width) for end in (columns.start, columns.stop)))
-            for columns in self.columns
-        ]
-        self.rows_KN = torch.zeros(most_tasks, width, dtype=dtype, device=device)
-        # One is on its way while the next task fills the other.
-        self.buffers = [torch.zeros(width * self.world, dtype=dtype, device=device) for _ in range(2)]
-        self.on_the_way: list[dist.Work | None] = [None, None]
-        self.filled_P = None if dtype == torch.float32 else torch.zeros(width * self.world, device=device)
+        held = [min(max(end - first, 0), width) for end in ends]
+        self.slices = [slice(start, stop) for start, stop in pairwise(held)]
+        device = self.layout.shared[0].device
+        self.rows_KN = torch.zeros(self.layout.most_tasks, width, dtype=self.layout.dtype, device=device)
+
+    def _width(self) -> int:
+        return self.rows_KN.shape[1] * self.world
 
     def _to_fill(self, k: int) -> Tensor:
         if self.filled_P is not None:
@@ -217,6 +230,46 @@ class Scattered(Replicated):
         whole_P = combined_N.new_empty(len(combined_N) * self.world)
         dist.all_gather_into_tensor(whole_P, combined_N)
         return whole_P
+
+
+class Sharded(Rows):
+    """Under FSDP2, whose backward passes leave in `.grad` this rank's shard of the averaged gradient."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        self._allocate(local(parameter).numel() for parameter in layout.shared)
+
+    @contextmanager
+    def of_task(self, task: str) -> Iterator[None]:
+        """Around the backward passes of a task's micro-batches; once in a step."""
+        row_N = self.rows_KN[len(self.tasks)]
+        self.tasks.append(task)
+        yield
+        for parameter, columns in zip(self.layout.shared, self.slices, strict=True):
+            if parameter.grad is None:
+                row_N[columns].zero_()
+            else:
+                row_N[columns].copy_(local(parameter.grad).reshape(-1))
+                parameter.grad = None
+        # A head's gradient may stay where it is: no other task adds to it.
+
+    def deposit(self, weights_SK: Tensor) -> None:
+        """Makes the combination of the rows, and every head's own gradient, the gradients of the parameters."""
+        combined_N = self.combined(weights_SK)
+        reached = self.layout.reached(self.tasks)
+        for parameter, columns in zip(self.layout.shared, self.slices, strict=True):
+            if parameter in reached:
+                assert isinstance(parameter, DTensor)
+                shard = combined_N[columns].view_as(local(parameter))
+                parameter.grad = DTensor.from_local(
+                    shard, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+                )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor that FSDP2 spreads over the ranks."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
 
 
 def point_at(flat: Tensor, parameters: Parameters) -> None:

@@ -1,0 +1,107 @@
+"""How far PCGrad on many ranks is from PCGrad on one, for every engine: the table in docs/distributed.md.
+
+    python -m benchmarks.exactness            # CPU processes over gloo
+    python -m benchmarks.exactness --cuda     # as many GPUs as there are, over NCCL
+
+Twenty steps of a tiny experiment, with batches that do not divide by the ranks. In fp32, the largest difference of any
+parameter from Algorithm 1 written out on one process (AdamW with eps 1e-4, parameters up to about 1). In bf16, and on
+GPUs in fp16, from the same engine on one rank; beside it what that rank differs from fp32, which is the rounding.
+Exits with 1 where a difference is out of bounds.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+
+from tests.conftest import write_experiment  # first: it sets the number of threads
+
+# isort: split
+import torch
+from torch import Tensor
+
+from tests.distributed import on_ranks
+from tests.surgery.test_training import LAST, PCGRAD, written_out
+from tests.training import ENGINES, far_apart, run_under
+
+STEPS = 20
+BOUND = 1e-6  # in fp32
+CLIPPING, NONE = "gradients.clip_norm=0.5", "gradients.clip_norm=null"
+ROWS = {
+    "DDP, all_reduce": ("ddp", "all_reduce"),
+    "DDP, reduce_scatter": ("ddp", "reduce_scatter"),
+    **{
+        name: (engine, "all_reduce")
+        for engine, name in zip(list(ENGINES)[1:], ["FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3"], strict=True)
+    },
+}
+
+
+def trained(engine: str, cuda: bool, config: Path, *overrides: str) -> dict[str, Tensor]:
+    """On this rank."""
+    if cuda:
+        os.environ.pop("ACCELERATE_USE_CPU")
+    parameters: dict[str, Tensor] = run_under(engine, config, *overrides)["parameters"]
+    return {name: parameter.cpu() for name, parameter in parameters.items()}
+
+
+def main() -> None:
+    """Prints the tables, in Markdown."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cuda", action="store_true", help="on GPUs")
+    cuda: bool = parser.parse_args().cuda
+    worlds = [w for w in (1, 2, 4, 8) if w <= torch.cuda.device_count()] if cuda else [2, 4]
+    failed = False
+
+    def cell(value: float, bound: float) -> str:
+        nonlocal failed
+        failed |= not value <= bound
+        return f"{value:.1e}{'' if value <= bound else ' !'}"
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_experiment(Path(folder))
+
+        def furthest(world: int, name: str, expected: dict[str, Tensor], *changes: str) -> float:
+            engine, reduce = ROWS[name]
+            overrides = [*LAST, PCGRAD, f"steps={STEPS}", f"gradients.reduce={reduce}", *changes]
+            ranks = on_ranks(world, trained, engine, cuda, config, *overrides, timeout_s=300)
+            assert all(far_apart(rank, ranks[0]) == 0 for rank in ranks), f"{name}: the ranks differ"
+            return far_apart(ranks[0], expected)
+
+        device = torch.cuda.get_device_name() if cuda else platform.machine()
+        print(f"torch {torch.__version__}, {device}, {'NCCL' if cuda else 'gloo'}\n")
+        cases = list(product(worlds, (1, 3), (CLIPPING, NONE)))
+        print(
+            "| fp32 |", " | ".join(f"W={w}, accumulation {a}{', clipped' * (c == CLIPPING)}" for w, a, c in cases), "|"
+        )
+        print("|---" * (len(cases) + 1) + "|")
+        exact = {c: written_out(config, *LAST, PCGRAD, f"steps={STEPS}", c) for c in (CLIPPING, NONE)}
+        for name in ROWS:
+            cells = [furthest(w, name, exact[c], c, f"gradients.accumulation={a}") for w, a, c in cases]
+            print(f"| {name} |", " | ".join(cell(value, BOUND) for value in cells), "|", flush=True)
+
+        for precision in ("bf16", "fp16") if cuda else ("bf16",):
+            print(f"\n| {precision} | rounding |", " | ".join(f"W={world}" for world in worlds if world > 1), "|")
+            print("|---" * (len(worlds) + 2) + "|")
+            for name in ROWS:
+                if precision == "fp16" and name == "FSDP2":
+                    continue  # is refused
+                engine, _ = ROWS[name]
+                overrides = [*LAST, PCGRAD, f"steps={STEPS}", f"precision={precision}", CLIPPING]
+                (alone,) = on_ranks(1, trained, engine, cuda, config, *overrides, timeout_s=300)
+                rounding = far_apart(alone, exact[CLIPPING])
+                cells = [furthest(w, name, alone, CLIPPING, f"precision={precision}") for w in worlds if w > 1]
+                print(
+                    f"| {name} | {rounding:.1e} |",
+                    " | ".join(cell(value, rounding) for value in cells),
+                    "|",
+                    flush=True,
+                )
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

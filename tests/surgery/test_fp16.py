@@ -1,0 +1,78 @@
+"""fp16 with loss scaling: an overflow of one task on one rank leaves the step out on all of them.
+
+python -m pytest tests/surgery/test_fp16.py
+
+Accelerate scales losses on GPUs only; here it is given a scaler for the CPU, and all else is as it is.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mtl_dist.engine import Engine
+from tests.distributed import on_ranks
+from tests.surgery.test_training import LAST, PCGRAD, last_records
+from tests.training import far_apart, run
+
+FP16 = ["precision=fp16", "log.every_steps=1"]
+SCALE = 2.0**10
+
+
+def run_in_fp16(config: Path, overflows: list[int], *overrides: str) -> dict[str, Any]:
+    """Trains; on rank 1, these of all backward passes overflow. Tells as well the loss scale at each of them."""
+    scales: list[float] = []
+    plain_backward = Engine.backward
+
+    def scaling(**options: Any) -> Accelerator:
+        accelerator = Accelerator(**options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+        accelerator.native_amp = True
+        return accelerator
+
+    def backward(engine: Engine[Any], loss: Tensor) -> None:
+        scales.append(engine.loss_scale)
+        unlucky = len(scales) in overflows and os.environ.get("RANK") == "1"
+        plain_backward(engine, loss * float("inf") if unlucky else loss)
+
+    with (
+        patch("mtl_dist.distributed.Accelerator", scaling),
+        patch("mtl_dist.distributed._check_precision"),
+        patch.object(Engine, "backward", backward),
+    ):
+        return {**run(config, *overrides), "scales": scales}
+
+
+@pytest.mark.parametrize("reduce", ["all_reduce", "reduce_scatter"])
+def test_fp16_is_close_to_fp32(tiny: Path, reduce: str) -> None:
+    overrides = [*LAST, PCGRAD, f"gradients.reduce={reduce}", "steps=20"]
+    exact = run(tiny, *overrides)["parameters"]
+    ranks = on_ranks(2, run_in_fp16, tiny, [], *overrides, *FP16)
+    assert far_apart(ranks[0]["parameters"], ranks[1]["parameters"]) == 0
+    assert 1e-7 < far_apart(ranks[0]["parameters"], exact) < 1e-3
+    assert set(ranks[0]["scales"]) == {SCALE}
+    assert last_records(tiny)[-1]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    "gradients", [[], [PCGRAD], [PCGRAD, "gradients.reduce=reduce_scatter"]], ids=["plain", "pcgrad", "scattered"]
+)
+def test_an_overflow_of_one_task_on_one_rank_skips_the_step_on_all(tiny: Path, gradients: list[str]) -> None:
+    overrides = [*LAST, *FP16, *gradients]
+    before = on_ranks(2, run_in_fp16, tiny, [], *overrides, "steps=2")[0]["parameters"]
+    # Three tasks a step: the eighth backward pass is that of the third step's second task.
+    for rank in on_ranks(2, run_in_fp16, tiny, [8], *overrides, "steps=3"):
+        assert far_apart(rank["parameters"], before) == 0
+    assert [record["skipped_steps"] for record in last_records(tiny)] == [0, 0, 1]
+    ranks = on_ranks(2, run_in_fp16, tiny, [8], *overrides, "steps=4")
+    for rank in ranks:
+        assert rank["scales"] == [SCALE] * 9 + [SCALE / 2] * 3
+        assert far_apart(rank["parameters"], before) > 1e-5
+        assert far_apart(rank["parameters"], ranks[0]["parameters"]) == 0
+    # What was infinite does not spoil the means.
+    assert all(record["loss"]["mood"] < 10 for record in last_records(tiny))

@@ -5,6 +5,7 @@ Whatever was asked for and is not there (processes, CUDA, a precision, an engine
 
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -127,6 +128,8 @@ def _deepspeed_plugin(precision: Precision | None) -> DeepSpeedPlugin:
         plugin = DeepSpeedPlugin()
     except ValueError as error:
         raise UserError(f"DeepSpeed's config cannot be used: {error}") from error
+    # DeepSpeed calls collectives by names that torch 2.13 gives up; one warning for each call would drown our lines.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     config = plugin.deepspeed_config
     zero = config["zero_optimization"]
     if zero.get("stage", 0) not in (1, 2, 3):

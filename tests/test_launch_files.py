@@ -1,7 +1,10 @@
-"""The launch files, as accelerate and DeepSpeed read them when training starts; no process is started."""
+"""The launch files, as accelerate and DeepSpeed read them when training starts; at the end, trainings with them."""
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -180,3 +183,29 @@ def test_every_key_of_deepspeeds_files_is_explained() -> None:
         if "data_types" in content:
             names |= {f"data_types.{key}" for key in content["data_types"]}
         assert {name for name in names if f"| `{name}` |" not in explained} == set()
+
+
+RUN = {"ddp_bf16": "DDP", "fsdp2": "FSDP2", **{f"deepspeed_zero{stage}": f"ZeRO-{stage}" for stage in ZERO}}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+@pytest.mark.parametrize("name", RUN)
+def test_two_cpu_processes_train_with_the_file(name: str, tiny: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(path(name))]
+    train = ["-m", "mtl_dist", "train", str(tiny), "steps=3", "gradients.combiner={kind: pcgrad}"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "FSDP"))}
+    done = subprocess.run(
+        [*launch, "--num_processes", "2", *train],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"2 processes on CPU, 1 thread(s) each, {RUN[name]}, bf16" in done.stdout
+    assert done.stdout.count("best model") == 1
+    assert "FutureWarning" not in done.stderr
+    records = [json.loads(line) for line in (tiny.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "train"] == [2, 3]
+    assert all("surgery" in record for record in records if record["kind"] == "train")

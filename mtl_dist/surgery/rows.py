@@ -24,6 +24,10 @@ from torch.distributed.tensor import DTensor
 
 CHUNK = 1 << 18  # elements whose products are summed at once
 
+# Their names from torch 2.13 on, and before.
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 Parameters = Sequence[nn.Parameter]
 
 
@@ -217,7 +221,7 @@ class Scattered(Replicated):
         if self.filled_P is not None:
             self._wait_for_buffer(k)
             self.buffers[k % 2].copy_(filled_P)
-        self.on_the_way[k % 2] = dist.reduce_scatter_tensor(self.rows_KN[k], self.buffers[k % 2], async_op=True)
+        self.on_the_way[k % 2] = reduce_scatter(self.rows_KN[k], self.buffers[k % 2], async_op=True)
 
     def finish(self) -> None:
         """Waits for the reductions that are under way."""
@@ -228,7 +232,7 @@ class Scattered(Replicated):
     def whole(self, combined_N: Tensor) -> Tensor:
         """The combined gradient of all columns."""
         whole_P = combined_N.new_empty(len(combined_N) * self.world)
-        dist.all_gather_into_tensor(whole_P, combined_N)
+        all_gather(whole_P, combined_N)
         return whole_P
 
 

@@ -4,8 +4,10 @@ python -m pytest tests/surgery/test_training.py
 """
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from mtl_dist.data.batches import RowStream, TrainRows, make_batch
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
 from mtl_dist.model.weights import build_encoder
+from mtl_dist.surgery import rows
 from mtl_dist.tokenizer import load_tokenizer
 from mtl_dist.train import load_data
 from tests.distributed import on_ranks
@@ -225,14 +228,15 @@ def sent_bytes(config: Path, *overrides: str) -> int:
     def size(tensor: Tensor) -> int:
         return tensor.numel() * tensor.element_size()
 
-    originals = dist.all_reduce, dist.reduce_scatter_tensor, dist.all_gather_into_tensor
-    dist.all_reduce = counting(dist.all_reduce, lambda out: 2 * (world - 1) * size(out) // world)
-    dist.reduce_scatter_tensor = counting(dist.reduce_scatter_tensor, lambda out: (world - 1) * size(out))
-    dist.all_gather_into_tensor = counting(dist.all_gather_into_tensor, lambda out: (world - 1) * size(out) // world)
-    try:
+    shares = {
+        "dist.all_reduce": (dist.all_reduce, lambda out: 2 * (world - 1) * size(out) // world),
+        "reduce_scatter": (rows.reduce_scatter, lambda out: (world - 1) * size(out)),
+        "all_gather": (rows.all_gather, lambda out: (world - 1) * size(out) // world),
+    }
+    with ExitStack() as patches:
+        for name, (collective, share) in shares.items():
+            patches.enter_context(patch(f"mtl_dist.surgery.rows.{name}", counting(collective, share)))
         run(config, *overrides)
-    finally:
-        dist.all_reduce, dist.reduce_scatter_tensor, dist.all_gather_into_tensor = originals
     return sent
 
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
     return 0
 
 
@@ -70,6 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "train an experiment")
     config(sub)
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in output_dir")
+    sub.add_argument(
+        "--resume",
+        metavar="auto|never|PATH",
+        default="never",
+        help="go on from a checkpoint: the last one in output_dir if there is any (auto), or the one at PATH",
+    )
+    sub.add_argument("--allow-changes", action="store_true", help="go on with other tasks or other train rows as well")
+
+    sub = command("verify", _verify, "check that a run's checkpoints are whole")
+    run_folder(sub)
 
     sub = command("plan", _plan, "say what training will draw, send and keep, and how long it takes, before it starts")
     config(sub)
@@ -120,7 +130,20 @@ def _train(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
     from mtl_dist.train import train
 
-    train(config, arguments.overwrite)
+    train(config, arguments.overwrite, arguments.resume, arguments.allow_changes)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from mtl_dist.checkpoint import CHECKPOINTS, all_in, faults
+
+    folder = arguments.run_folder / CHECKPOINTS
+    found = {path: faults(path) for path in all_in(folder)}
+    if not found:
+        raise UserError(f"{folder}: no checkpoints here")
+    for path, wrong in found.items():
+        _write(f"{path}: {'; '.join(wrong) or 'whole'}")
+    if any(found.values()):
+        raise UserError(f"{folder}: not all checkpoints are whole")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -146,7 +169,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     if not _is_first_rank():
         return
     if arguments.json:
-        print(json.dumps(asdict(planned), indent=2))
+        _write(json.dumps(asdict(planned), indent=2))
     else:
         for part in tables(planned):
             _print(part)
@@ -161,7 +184,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     if not _is_first_rank():
         return
     if arguments.json:
-        print(json.dumps(scores, indent=2))
+        _write(json.dumps(scores, indent=2))
     else:
         _print(score_table(scores, {name: task.metric for name, task in config.tasks.items()}))
 
@@ -174,7 +197,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     file, out = arguments.file, arguments.out
     split = predict_file(config, arguments.run_folder, arguments.task, file, arguments.format, out)
     if _is_first_rank():
-        print(f"{out}: {len(split):,} predictions")
+        _write(f"{out}: {len(split):,} predictions")
         for bad in split.rejected()[:1]:
             first = f"{place(split.source, bad.line)}: {bad.message}"
             print(f"{split.num_rejected:,} rows have no prediction, the first is {first}", file=sys.stderr)
@@ -182,17 +205,20 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
+    from mtl_dist.data.prepare import train_rows_in_dev
     from mtl_dist.telemetry import make_console
     from mtl_dist.tokenizer import load_tokenizer
     from mtl_dist.train import data_table, load_data
 
     splits = load_data(config, load_tokenizer(config.encoder.tokenizer_source), make_console(True, stderr=True))
     _print(data_table(splits))
+    for line in train_rows_in_dev(splits["train"], splits["dev"]):
+        print(line, file=sys.stderr)
 
 
 def _validate(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
-    from mtl_dist.data.prepare import count_rows
+    from mtl_dist.data.prepare import also_in_train, count_rows
     from mtl_dist.data.read import File
     from mtl_dist.tokenizer import load_tokenizer
 
@@ -201,18 +227,24 @@ def _validate(arguments: argparse.Namespace) -> None:
     with _noting(problems):
         load_tokenizer(config.encoder.tokenizer_source)
     for name, task in config.tasks.items():
+        of_train: set[int] = set()
         with _noting(problems):
             config.max_length(name)
         for split in ("train", "dev", "test"):
             source = config.source(name, split)
-            if split == "test" and isinstance(source, File) and not source.path.exists():
+            if split == "test" and isinstance(source, File) and not os.path.exists(source.path):  # noqa: PTH110
                 print(f"{name} test: {source.path} is not there; training does without it", file=sys.stderr)
             elif source is not None:
+                digests: list[int] = []
                 with _noting(problems):
                     # Test files often have no labels.
                     counts[f"{name} {split}"] = count_rows(
-                        f"task '{name}', {split}", task, source, labelled=split != "test"
+                        f"task '{name}', {split}", task, source, split != "test", digests.append
                     )
+                if split == "train":
+                    of_train = set(digests)
+                elif shared := sum(digest in of_train for digest in digests):
+                    print(also_in_train(f"{name} {split}", shared, len(digests)), file=sys.stderr)
     if not problems:
         rows = {name: counts[f"{name} train"]["usable"] for name in config.tasks}
         for stage in config.all_stages():
@@ -221,11 +253,11 @@ def _validate(arguments: argparse.Namespace) -> None:
     if problems:
         raise UserError("\n".join(problems))
     if arguments.json:
-        print(json.dumps({"config": str(arguments.config), "rows": counts}, indent=2))
+        _write(json.dumps({"config": str(arguments.config), "rows": counts}, indent=2))
     else:
         for name, numbers in counts.items():
-            print(f"{name}: {numbers['usable']:,} rows, {numbers['rejected']:,} skipped")
-        print(f"{arguments.config} is valid")
+            _write(f"{name}: {numbers['usable']:,} rows, {numbers['rejected']:,} skipped")
+        _write(f"{arguments.config} is valid")
 
 
 @contextmanager
@@ -243,7 +275,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
         return
     found = facts()
     if arguments.json:
-        print(json.dumps(asdict(found), indent=2))
+        _write(json.dumps(asdict(found), indent=2))
     else:
         for part in tables(found):
             _print(part)
@@ -252,7 +284,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _schema(arguments: argparse.Namespace) -> None:
     from mtl_dist.experiment import Experiment
 
-    print(json.dumps(schema(Experiment), indent=2))
+    _write(json.dumps(schema(Experiment), indent=2))
 
 
 def _share(text: str) -> tuple[str, float]:
@@ -268,13 +300,31 @@ def _corpus(arguments: argparse.Namespace) -> None:
         sizes = write_corpus(
             arguments.folder, rows=arguments.rows, shares=shares, dev_rows=arguments.dev_rows, seed=arguments.seed
         )
-    print(f"{arguments.folder}: {', '.join(f'{size:,} rows of {task}' for task, size in sizes.items())}")
+    _write(f"{arguments.folder}: {', '.join(f'{size:,} rows of {task}' for task, size in sizes.items())}")
 
 
 def _print(renderable: object) -> None:
     from mtl_dist.telemetry import make_console
 
-    make_console(True).print(renderable)
+    with _output():
+        make_console(True, lasting=False).print(renderable)
+
+
+def _write(text: str) -> None:
+    with _output():
+        print(text, flush=True)
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """Makes a line of an output that cannot be written; what is left of it goes nowhere, or Python's exit fails."""
+    try:
+        yield
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"cannot write the output: {error.strerror}") from error
 
 
 def _is_first_rank() -> bool:

@@ -10,7 +10,7 @@ Unions of models are told apart by a field `kind: Literal[...]`.
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema
 
 CONFIG_FILE = "config.yaml"  # of a run folder, with every default filled in
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Keys = tuple[str | int, ...]  # ("tasks", "sst", "files", 0)
 
@@ -187,6 +189,10 @@ def _read(text: str, place: Callable[[int], str], root: Keys, places: dict[Keys,
     def fail(mark: yaml.Mark, problem: str) -> NoReturn:
         raise UserError(f"{place(mark.line + 1)}: {problem}")
 
+    def check_characters(node: yaml.ScalarNode, keys: Keys) -> None:
+        if LONE_SURROGATE.search(node.value):  # written as "\uD800": no file has such a name, no screen shows it
+            fail(node.start_mark, f"{_dotted(keys)} has half a surrogate pair, which is no character")
+
     def build(node: yaml.Node, keys: Keys, mark: yaml.Mark) -> Any:
         places[keys] = place(mark.line + 1)
         if len(keys) > 99:  # or an alias of its own parent would never end
@@ -197,6 +203,7 @@ def _read(text: str, place: Callable[[int], str], root: Keys, places: dict[Keys,
             for key, value in node.value:
                 if not isinstance(key, yaml.ScalarNode):
                     fail(key.start_mark, f"{_dotted(keys)} has a list or a mapping as a key")
+                check_characters(key, (*keys, key.value))
                 if key.value in mapping:
                     child = (*keys, key.value)
                     fail(key.start_mark, f"{_dotted(child)} is given twice; first at {places[child]}")
@@ -205,6 +212,7 @@ def _read(text: str, place: Callable[[int], str], root: Keys, places: dict[Keys,
         if isinstance(node, yaml.SequenceNode) and name == "seq":
             return [build(item, (*keys, index), item.start_mark) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode) and name in _SCALARS:
+            check_characters(node, keys)
             pattern, make = _SCALARS[name]
             if re.fullmatch(pattern, node.value):
                 return make(node.value)
@@ -363,3 +371,15 @@ def _show(value: Any) -> str:
 def _dotted(keys: Keys) -> str:
     parts = [f"[{key}]" if isinstance(key, int) else f".{key}" if key.isprintable() else f".{key!r}" for key in keys]
     return "".join(parts).removeprefix(".") or "the top level"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """The keys whose values differ, with both values; None where there was none."""
+    found = []
+    for key in [*before, *(key for key in now if key not in before)]:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append((f"{prefix}{key}", old, new))
+    return found

@@ -3,8 +3,11 @@
 Whatever was asked for and is not there (processes, CUDA, a precision, an engine) is an error, never a quiet fallback.
 """
 
+import faulthandler
 import gc
 import os
+import re
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +30,7 @@ from accelerate.utils import (
 from pydantic import Field, PositiveInt
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from mtl_dist.config import Config, UserError
+from mtl_dist.config import Config, UserError, differences
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
@@ -260,6 +263,74 @@ def _where(accelerator: Accelerator, here: bool, work: Callable[[], T]) -> list[
     if first is not None:
         raise UserError(first)
     return result
+
+
+class Stops:
+    """Hears USR1 and TERM, at any moment; the run ends at a step of its choice, the same on all ranks."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.heard = 0
+        self.alone = accelerator.num_processes == 1
+        # On the CPU, where asking does not wait for the GPU.
+        on_gpus = accelerator.device.type == "cuda" and not self.alone
+        self.group = torch.distributed.new_group(backend="gloo") if on_gpus else None
+        self.before = {each: signal.signal(each, self._hear) for each in (signal.SIGUSR1, signal.SIGTERM)}
+
+    def _hear(self, number: int, frame: object) -> None:
+        self.heard = max(self.heard, number)
+
+    def agreed(self) -> signal.Signals | None:
+        """The signal that any rank heard; every rank must ask."""
+        if self.alone:
+            return signal.Signals(self.heard) if self.heard else None
+        heard = torch.tensor(self.heard)
+        torch.distributed.all_reduce(heard, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        return signal.Signals(int(heard)) if heard else None
+
+    def close(self) -> None:
+        """Leaves the signals to those who had them before."""
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
+
+
+def refuse_differences(accelerator: Accelerator, mine: Mapping[str, Any]) -> None:
+    """Stops ranks that are about to train different things, naming the first key that differs."""
+    theirs = gather_object([mine])
+    for rank, other in enumerate(theirs):
+        if found := differences(theirs[0], other):
+            key, first, there = found[0]
+            raise UserError(f"the ranks differ: {key} is {first} on rank 0, and {there} on rank {rank}")
+
+
+@contextmanager
+def lost_ranks() -> Iterator[None]:
+    """Ends this rank with one line where another one has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        cut = re.search(
+            r"Connection \w+ by peer|Timed out waiting|Broken pipe|NCCL communicator was aborted", str(error)
+        )
+        if cut is None:
+            raise
+        rank = torch.distributed.get_rank()
+        raise SystemExit(f"rank {rank}: another rank is gone ({cut[0]}); what it printed last says why") from error
+
+
+class Watchdog:
+    """Ends a rank whose step takes longer than the others may wait, after showing where all its threads stand."""
+
+    def __init__(self, timeout_s: float, world: int) -> None:
+        self.timeout_s = timeout_s if world > 1 else None
+
+    def watch(self) -> None:
+        """Begins a step."""
+        if self.timeout_s is not None:
+            faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=2)
+
+    def rest(self) -> None:
+        """Ends it."""
+        faulthandler.cancel_dump_traceback_later()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -6,6 +6,7 @@ weights are; for scoring and saving, and from one stage to the next, `whole` has
 
 import copy
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Set
@@ -14,15 +15,16 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from mtl_dist.distributed import autocast
 from mtl_dist.surgery.rows import Layout, Replicated, Rows, Scattered, Sharded
-from mtl_dist.surgery.zero import Partitioned, forget
+from mtl_dist.zero import Partitioned, averaged_parts, forget, places
 
 M = TypeVar("M", bound=nn.Module)
 Reached = Mapping[str, Set[str]]  # the names of the parameters that each task goes through
@@ -32,8 +34,8 @@ Reached = Mapping[str, Set[str]]  # the names of the parameters that each task g
 class Stepped:
     """What became of a step."""
 
-    norm: float | Tensor | None  # of the gradient before clipping, where it is clipped
-    skipped: bool  # because a gradient overflowed
+    norm: float  # of the gradient, before clipping
+    skipped: bool  # because of an overflow that fp16's scaling is there for, or because the norm is no number
 
 
 class Engine(ABC, Generic[M]):
@@ -55,6 +57,7 @@ class Engine(ABC, Generic[M]):
 
     def start(self, tasks: Collection[str]) -> None:
         """Begins a step that draws these tasks."""
+        self.tasks = tasks
 
     def micro_batch(self, averages: bool) -> AbstractContextManager[None]:
         """Around forward and backward; whether the engine then averages what has come together over the ranks."""
@@ -75,15 +78,50 @@ class Engine(ABC, Generic[M]):
         return 1.0 if scaler is None else float(scaler.get_scale())
 
     def step(self) -> Stepped:
-        """Clips, steps, and clears the gradients."""
+        """Clips, steps, and clears the gradients; without a step where they are not finite."""
         before = self.loss_scale
-        norm = None
-        if self.clip_norm is not None:
-            norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.clip_norm)
-        self.optimizer.step()
+        largest = math.inf if self.clip_norm is None else self.clip_norm
+        norm = float(_whole(self.accelerator.clip_grad_norm_(self.module.parameters(), largest)))
+        # The same on all ranks, because the gradients are. With a scaler the optimizer finds out by itself.
+        finite = math.isfinite(norm)
+        if finite or self.accelerator.scaler is not None:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         # A fused optimizer skips an overflow by itself; only the scale tells.
-        return Stepped(norm, skipped=self.loss_scale < before)
+        return Stepped(norm, skipped=not finite or self.loss_scale < before)
+
+    def moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """What the optimizer knows of each parameter that it moved, whole; every rank must ask for all of them."""
+        for name, parameter in self.module.named_parameters():
+            if state := self.optimizer.state.get(parameter):
+                yield name, {key: _whole(value) for key, value in state.items()}
+
+    def restore(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Makes the optimizer go on with what `moments` once gave."""
+        for parameter, state, group in self._restored(moments):
+            on_device = group.get("fused", False)
+            self.optimizer.state[parameter] = {
+                key: value.to(parameter.device if on_device else "cpu") if key == "step" else _like(parameter, value)
+                for key, value in state.items()
+            }
+
+    def _restored(
+        self, moments: Mapping[str, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[nn.Parameter, Mapping[str, Tensor], dict[str, Any]]]:
+        """The parameters that have moments, with these and their groups."""
+        groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in self.module.named_parameters():
+            if name in moments and parameter in groups:
+                yield parameter, moments[name], groups[parameter]
+
+    def scaling(self) -> dict[str, Any]:
+        """How fp16 losses are scaled."""
+        return {} if self.accelerator.scaler is None else dict(self.accelerator.scaler.state_dict())
+
+    def restore_scaling(self, scaling: dict[str, Any]) -> None:
+        """Makes fp16 losses be scaled as `scaling` once said."""
+        if scaling and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaling)
 
     @abstractmethod
     def whole(self) -> AbstractContextManager[M]:
@@ -151,14 +189,8 @@ class Fsdp2(Split[M]):
     def rows(self, layout: Layout, scatter: bool) -> Rows:
         return Sharded(layout)
 
-    def step(self) -> Stepped:
-        stepped = super().step()
-        return Stepped(stepped.norm.full_tensor(), False) if isinstance(stepped.norm, DTensor) else stepped
-
     def gather(self, parameter: nn.Parameter) -> Tensor:
-        assert isinstance(parameter, DTensor)
-        whole: Tensor = parameter.full_tensor()
-        return whole
+        return _whole(parameter.detach())
 
 
 class Zero(Split[M]):
@@ -175,9 +207,14 @@ class Zero(Split[M]):
         logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
         accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = clip_norm or 0.0
         super().__init__(accelerator, model, optimizer, clip_norm, reached)
+        self.places = places(self.model.optimizer)
+        # DeepSpeed makes its fp32 weights of those that it has just rounded to the model's precision.
+        for ours, theirs in zip(self.copy.parameters(), self.module.parameters(), strict=True):
+            if (place := self.places.get(theirs)) is not None:
+                place.scatter(ours.detach().to(accelerator.device), place.flat.detach())
 
     def start(self, tasks: Collection[str]) -> None:
-        self.tasks = tasks
+        super().start(tasks)
         forget(self.model.optimizer)
 
     def _pass_over_unused(self, optimizer: Optimizer, *_: object) -> None:
@@ -201,20 +238,62 @@ class Zero(Split[M]):
         return float(self.model.optimizer.loss_scale)
 
     def step(self) -> Stepped:
-        self.model.step()
-        norm = None if self.clip_norm is None else self.model.get_global_grad_norm()
-        return Stepped(norm, skipped=self.model.optimizer.overflow)
+        zero = self.model.optimizer
+        parts = averaged_parts(zero).values()
+        square = torch.stack([part.double().square().sum() for part in parts]).sum()
+        dist.all_reduce(square)
+        norm = math.sqrt(square) / self.loss_scale
+        # In fp16 DeepSpeed finds out by itself; else it would step.
+        if math.isfinite(norm) or self.loss_scale != 1:
+            self.model.step()
+        return Stepped(norm, skipped=not math.isfinite(norm) or zero.overflow)
 
     def gather(self, parameter: nn.Parameter) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param  # its import takes seconds
+        place = self.places[parameter]
+        return place.gather(place.flat.detach())
 
-        whole: Tensor = safe_get_full_fp32_param(parameter)
-        return whole
+    def moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name, parameter in self.module.named_parameters():
+            if (place := self.places.get(parameter)) and (
+                state := self.model.optimizer.optimizer.state.get(place.flat)
+            ):
+                yield name, {key: value if key == "step" else place.gather(value) for key, value in state.items()}
+
+    def restore(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        states = self.model.optimizer.optimizer.state
+        for name, parameter in self.module.named_parameters():
+            if name in moments and (place := self.places.get(parameter)):
+                kept = states.setdefault(place.flat, {})
+                for key, value in moments[name].items():
+                    if key == "step":
+                        kept[key] = value.clone()
+                    else:
+                        place.scatter(value.to(place.flat.device), kept.setdefault(key, torch.zeros_like(place.flat)))
+
+    def scaling(self) -> dict[str, Any]:
+        scaler = vars(self.model.optimizer.loss_scaler)
+        return {name: value for name, value in scaler.items() if isinstance(value, int | float)}
+
+    def restore_scaling(self, scaling: dict[str, Any]) -> None:
+        vars(self.model.optimizer.loss_scaler).update(scaling)
 
     def close(self) -> M:
         model = super().close()
         self.model.destroy()
         return model
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 may have spread over the ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """A whole tensor as this rank keeps the parameter: all of it, or a shard."""
+    whole = whole.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
 
 def grouped_by_use(

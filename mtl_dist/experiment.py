@@ -22,6 +22,7 @@ from pydantic import (
 from tokenizers import Tokenizer
 from torch import nn
 
+from mtl_dist.checkpoint import CheckpointConfig
 from mtl_dist.config import Config, Keys, MisfitError, UserError, UserPath
 from mtl_dist.data.mixer import AnyMixer, Joint, Order, Size
 from mtl_dist.data.prepare import Split, prepare, refuse_unusable
@@ -147,6 +148,7 @@ class Experiment(Config):
     optim: OptimConfig = OptimConfig()
     stages: list[StageConfig] = Field([])
     evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     distributed: DistributedConfig = DistributedConfig()
 

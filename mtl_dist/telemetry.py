@@ -1,11 +1,15 @@
 """What a run tells while it trains: the screen, metrics.jsonl and TensorBoard, all fed with the same records.
 
 On a terminal the screen is a table of the tasks over a bar; elsewhere every report is a line. Only one rank reports.
+Nobody's training ends because its screen is gone or TensorBoard's folder full: metrics.jsonl alone must be written.
 """
 
 import io
 import json
+import logging
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +18,7 @@ from datetime import timedelta
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +28,10 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mtl_dist.config import refusing
 from mtl_dist.metrics import OVERALL
+
+log = logging.getLogger(__name__)
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"  # in the run folder
 MOST_TASKS = 24  # whose pairs become scalars: 276 of them, and TensorBoard has a chart for each
@@ -61,35 +68,75 @@ class StepReport:
         return {name: value for name, value in asdict(self).items() if name != "step" and value is not None}
 
 
-def make_console(enabled: bool, stderr: bool = False) -> Console:
-    """A rank's console; all but one are silent. Where no terminal sets a width it is wide enough for our tables."""
-    console = Console(quiet=not enabled, stderr=stderr)
-    return console if console.is_terminal else Console(quiet=not enabled, stderr=stderr, width=140)
+class Lasting:
+    """A stream that goes on as if nothing had happened when it can no longer be written: a full disk, a reader gone."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self._going_on():
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._going_on():
+            self.stream.flush()
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # What is still in the stream's buffer must go somewhere, or Python fails at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            log.warning("the screen cannot be written (%s); training goes on without it", error.strerror)
+
+
+def make_console(enabled: bool, stderr: bool = False, lasting: bool = True) -> Console:
+    """A rank's console; all but one are silent. Where no terminal sets a width it is wide enough for our tables.
+
+    Unless it is `lasting`, an error of writing to it is the caller's.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    file = cast(IO[str], Lasting(stream)) if lasting and stream is not None else stream
+    console = Console(file=file, quiet=not enabled)
+    return console if console.is_terminal else Console(file=file, quiet=not enabled, width=140)
 
 
 class Recorder:
     """Writes records to metrics.jsonl and to TensorBoard."""
 
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, tensorboard: bool, after: int = 0) -> None:
+        """`after` is the step that the run goes on from; what was told of later ones is forgotten."""
+        _keep_until(after, folder / METRICS)
         self.file = (folder / METRICS).open("a", encoding="utf-8")
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / TENSORBOARD))
+            with self._going_on():
+                self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=after + 1 if after else None)
 
     def record(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """One line of JSON; what changes in it also becomes a scalar, named by its path, conflicts an image."""
-        self.file.write(json.dumps(_finite({"kind": kind, "step": step, "time": time.time(), **values})) + "\n")
-        self.file.flush()
+        with refusing(f"cannot write {self.file.name}"):
+            self.file.write(json.dumps(_finite({"kind": kind, "step": step, "time": time.time(), **values})) + "\n")
+            self.file.flush()
         if self.writer is None:
             return
+        images: dict[str, Image.Image] = {}
         if surgery := values.get("surgery"):
-            for name, image in surgery_images(list(values["draws"]), surgery).items():
-                self._image(f"{kind}/surgery/{name}", image, step)
+            images = surgery_images(list(values["draws"]), surgery)
             values = {**values, "surgery": _plotted(surgery, pairs=len(values["draws"]) <= MOST_TASKS)}
-        for name, value in _scalars(kind, values):
-            self.writer.add_scalar(name, value, step)
+        with self._going_on():
+            for name, image in images.items():
+                self._image(f"{kind}/surgery/{name}", image, step)
+            for name, value in _scalars(kind, values):
+                self.writer.add_scalar(name, value, step)
 
     def _image(self, tag: str, image: Image.Image, step: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
@@ -104,13 +151,35 @@ class Recorder:
     def text(self, tag: str, text: str) -> None:
         """A text for TensorBoard's text page."""
         if self.writer is not None:
-            self.writer.add_text(tag, "    " + text.replace("\n", "\n    "))  # indented: a code block in Markdown
+            with self._going_on():
+                self.writer.add_text(tag, "    " + text.replace("\n", "\n    "))  # indented: a code block in Markdown
 
     def close(self) -> None:
         """Writes out what is still in memory."""
         self.file.close()
         if self.writer is not None:
-            self.writer.close()
+            with self._going_on():
+                self.writer.close()
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Does without TensorBoard from the first time that it fails."""
+        try:
+            yield
+        except Exception as error:  # its file systems have errors of their own
+            self.writer = None
+            log.warning("TensorBoard's files cannot be written (%s); training goes on without them", error)
+
+
+def _keep_until(step: int, metrics: Path) -> None:
+    """Drops the records of later steps, and a last line that was cut off."""
+    if not metrics.exists():
+        return
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    draft = metrics.with_suffix(".draft")
+    draft.write_text("".join(kept), encoding="utf-8")
+    draft.replace(metrics)
 
 
 def _finite(value: Any) -> Any:

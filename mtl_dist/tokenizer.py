@@ -24,8 +24,9 @@ CHECKPOINT_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", 
 @cache
 def checkpoint_folder(source: str) -> Path:
     """The folder of a checkpoint; fetched from the hub, or found in its cache, when `source` is no folder here."""
-    folder = Path(os.path.expanduser(source))  # noqa: PTH111  (of an unknown user: left as it is)
-    if folder.is_dir():
+    # os.path: a home of an unknown user is left as it is, and a name that no file can have is no folder.
+    folder = Path(os.path.expanduser(source))  # noqa: PTH111
+    if os.path.isdir(folder):  # noqa: PTH112
         return folder
     from huggingface_hub import snapshot_download
 
@@ -45,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object")
@@ -128,11 +129,11 @@ def _cut(encoding: Encoding, max_length: int) -> tuple[NDArray[np.int32], int]:
 _worker_tokenizer: Tokenizer
 
 
-def start_worker(tokenizer_json: str) -> None:
-    """Sets up a process that will call `encode_in_worker`."""
+def start_worker(path: Path) -> None:
+    """Sets up a process that will call `encode_in_worker` with the tokenizer in a file."""
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_tokenizer = Tokenizer.from_str(tokenizer_json)
+    _worker_tokenizer = Tokenizer.from_file(str(path))
 
 
 def encode_in_worker(examples: Sequence[tuple[str, ...]], max_length: int, joint: bool) -> Encoded:

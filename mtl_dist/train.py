@@ -4,13 +4,12 @@ A step draws its tasks, runs forward and backward on each one's micro-batches, c
 order: report, evaluate, keep the best. Stages follow each other on one model, each with an optimizer of its own.
 """
 
-import math
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import signal
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from itertools import count, takewhile
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,26 +21,38 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mtl_dist.checkpoint import CHECKPOINTS, LOCK, Checkpoint, RunLock, all_in
 from mtl_dist.config import CONFIG_FILE, UserError, dump, refusing
-from mtl_dist.data.batches import Batch, RowStream, TrainBatches, TrainRows, prefetched
+from mtl_dist.data.batches import RowStream, TrainBatches, TrainRows, prefetched
 from mtl_dist.data.mixer import Draw, Order
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import place
-from mtl_dist.distributed import describe, engine_name, first_then_others, on_one, processes, seed_step
-from mtl_dist.engine import Stepped, start_engine
+from mtl_dist.distributed import (
+    Stops,
+    Watchdog,
+    describe,
+    engine_name,
+    first_then_others,
+    lost_ranks,
+    on_one,
+    processes,
+    refuse_differences,
+    seed_step,
+)
+from mtl_dist.engine import start_engine
 from mtl_dist.evaluate import Scores, deciding_score, main_scores, score_all
 from mtl_dist.experiment import Experiment, Stage
+from mtl_dist.meter import Faults, Meter
 from mtl_dist.model.multitask import BEST, MultiTaskModel, drafts, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
-from mtl_dist.surgery.conflict import Conflict, mean_of
+from mtl_dist.resume import Saver, about, changes, checkpoint_to_resume, load_weights, moments_of
 from mtl_dist.surgery.gradients import Gradients, groups_of
 from mtl_dist.telemetry import (
     METRICS,
     TENSORBOARD,
     Recorder,
     Screen,
-    StepReport,
     counting,
     make_console,
     plain_table,
@@ -52,19 +63,36 @@ from mtl_dist.tokenizer import load_tokenizer
 
 REJECTED = "rejected.tsv"
 # All that a run leaves in its folder.
-RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, TENSORBOARD, BEST, *drafts(BEST)}
+RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, TENSORBOARD, CHECKPOINTS, LOCK, BEST, *drafts(BEST)}
 
 T = TypeVar("T")
 Splits = dict[str, dict[str, Split]]  # by the name of the split, then by task
 
 
-def train(config: Experiment, overwrite: bool = False) -> Scores:
-    """Trains from the first step to the last. Returns the best model's scores; all else is in `config.output_dir`."""
+def train(config: Experiment, overwrite: bool = False, resume: str = "never", allow_changes: bool = False) -> Scores:
+    """Trains from the first step, or from a checkpoint, to the last, or to a signal that stops it.
+
+    Returns the best model's scores; all else is in `config.output_dir`. `resume` is never, auto or a path.
+    """
     with processes(config.distributed, config.precision) as accelerator:
-        return _train(accelerator, config, overwrite)
+        stops, lock = Stops(accelerator), RunLock()
+        try:
+            with lost_ranks():
+                return _train(accelerator, config, overwrite, resume, allow_changes, stops, lock)
+        finally:
+            lock.release()
+            stops.close()
 
 
-def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Scores:
+def _train(
+    accelerator: Accelerator,
+    config: Experiment,
+    overwrite: bool,
+    resume: str,
+    allow_changes: bool,
+    stops: Stops,
+    lock: RunLock,
+) -> Scores:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     refuse_what_the_engine_cannot(accelerator, config)
     console = make_console(accelerator.is_main_process)
@@ -74,21 +102,43 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
     rows = {name: len(split) for name, split in splits["train"].items()}
     orders = [stage.order(rows, config.seed) for stage in stages]
     model = first_then_others(accelerator, lambda: build_model(config, tokenizer, device.type))
-    on_one(accelerator, lambda: start_run_folder(config, splits, overwrite))
+    now = about(accelerator, config, splits["train"])
+    refuse_differences(accelerator, now)
+    resumed = first_then_others(
+        accelerator, lambda: checkpoint_to_resume(resume, now, config.output_dir, allow_changes, console.print)
+    )
+    on_one(accelerator, lambda: lock.take(config.output_dir))
+    on_one(accelerator, lambda: start_run_folder(config, splits, overwrite or resume == "auto", resumed))
 
     console.print(data_table(splits))
     parameters = sum(p.numel() for p in model.parameters())
     total_steps = sum(order.steps for order in orders)
     console.print(f"{parameters:,} parameters, {total_steps:,} steps, {describe(accelerator)}", highlight=False)
-    recorder = Recorder(config.output_dir, config.log.tensorboard) if accelerator.is_main_process else None
-    if recorder:
-        recorder.text("config", dump(config))
     meter = Meter(accelerator, {name: task.batch_size for name, task in config.tasks.items()})
     carried: dict[Tensor, dict[str, Any]] = {}  # the optimizers' moments, as far as a later stage goes on with them
-    done = 0
+    done, first_stage, first_step = 0, 0, 0
+    if resumed is not None:
+        done, first_stage, first_step = resumed.step, resumed.state["stage"], resumed.state["step"]
+        first_then_others(accelerator, lambda: load_weights(resumed, model, allow_changes))
+        meter.load(resumed.state["meter"])
+        named = dict(model.named_parameters())
+        carried = {named[name]: state for name, state in moments_of(resumed, "carried").items()}
+        console.print(f"going on after step {done:,} of {resumed.path}", highlight=False)
+        if (table := changes(resumed, now)) is not None:
+            console.print(table)
+    recorder = Recorder(config.output_dir, config.log.tensorboard, done) if accelerator.is_main_process else None
+    if recorder and resumed is None:
+        recorder.text("config", dump(config))
+    stop: signal.Signals | None = None
     with Screen(list(config.tasks), total_steps, console) as screen:
-        judge = Judge(accelerator, config, splits["dev"], tokenizer, screen, recorder)
+        judge = Judge(accelerator, config, splits["dev"], tokenizer, screen, recorder, resumed)
+        saver = Saver(accelerator, config, now, lambda: judge.state() | {"meter": meter.state()}, screen.line)
+        faults = Faults(accelerator, meter, splits["train"], screen, recorder)
+        watchdog = Watchdog(config.distributed.timeout_s, world)
         for stage, order in zip(stages, orders, strict=True):
+            if stage.number < first_stage:
+                continue
+            start = first_step if stage.number == first_stage else 0
             if len(stages) > 1:
                 screen.line(f"stage {stage.name}: {', '.join(stage.tasks)}, {order.steps:,} steps")
             optimizer = stage_optimizer(model, stage, device.type)
@@ -98,11 +148,19 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
             engine = start_engine(accelerator, model, optimizer, stage.gradients.clip_norm, reached)
             most_tasks = stage.mixer.most_tasks(len(stage.tasks))
             gradients = Gradients(engine, stage.gradients, most_tasks, (config.seed, stage.number))
+            meter.start_clock()
+            if resumed is not None and start > 0:
+                engine.restore(moments_of(resumed, "moments"))
+                engine.restore_scaling(resumed.state["scaling"])
+                gradients.state = resumed.state["combiner"]
             batches = train_batches(config, stage, order, splits["train"], rank, world)
             evaluations = evaluation_steps(config, order)
-            next_evaluation = next(evaluations, None)
-            meter.restart()
-            for step, (draws, micro_batches) in enumerate(meter.waits(prefetched(batches.of_step, range(order.steps)))):
+            next_evaluation = next((step for step in evaluations if step > start), None)
+            steps = range(start, order.steps)
+            for step, (draws, micro_batches) in zip(
+                steps, meter.waits(prefetched(batches.of_step, steps)), strict=True
+            ):
+                watchdog.watch()
                 seed_step(config.seed, done, rank)
                 set_lr(optimizer, stage.optim.lr * stage.optim.schedule.factor(step, order.steps))
                 rows_averaged = rows_of_mean(stage, draws)
@@ -120,29 +178,45 @@ def _train(accelerator: Accelerator, config: Experiment, overwrite: bool) -> Sco
                                 raw_NO = engine.forward(name, batch.packed)
                                 loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
                                 engine.backward(loss_N.sum() * scale)
-                            loss_sum = loss_N.detach().sum()
-                            gradients.add_loss(name, loss_sum)
-                            meter.micro_batch(batch, loss_sum)
+                            gradients.add_loss(name, loss_N.detach().sum())
+                            meter.micro_batch(batch, loss_N)
                 meter.conflict(gradients.combine())
-                meter.step([task for task, _ in draws], engine.step())
-
+                stepped = engine.step()
+                watchdog.rest()
                 done += 1
+                faults.after(done, stage, stepped, gradients.dropped)
+                meter.step([task for task, _ in draws], stepped, gradients.dropped)
+
                 if done % config.log.every_steps == 0 or step + 1 == order.steps:
                     report = meter.report(stage.name, done, optimizer)
                     screen.steps(report)
                     if recorder:
                         recorder.record(done, "train", report.as_record())
-                if step + 1 == next_evaluation:
+                if evaluate := step + 1 == next_evaluation:
                     next_evaluation = next(evaluations, None)
                     with meter.paused(), engine.whole() as whole:
                         judge.evaluate(whole, stage.name, done)
-            with engine.whole() as whole:
-                judge.evaluate(whole, stage.name, done)
+                stop = stops.agreed()
+                if stop or (step + 1 < order.steps and saver.is_due(done, evaluate)):
+                    with meter.paused():
+                        saver.save(done, (stage.number, step + 1), engine, carried, gradients.state)
+                if stop:
+                    break
+            if stop:
+                break
+            if resumed is None or done > resumed.step or not resumed.state["scored"]:
+                with engine.whole() as whole:
+                    judge.evaluate(whole, stage.name, done)
             carried = carried | optimizer.state if any(s.carry_moments for s in stages[stage.number + 1 :]) else {}
+            saver.save(done, (stage.number, order.steps), engine, carried, gradients.state, scored=True)
             model = engine.close()
+        on_one(accelerator, lambda: saver.finish(stop))
     if recorder:
         recorder.close()
-        show_results(config, judge, screen, total_steps)
+        if stop:
+            screen.line(f"{stop.name}: saved after step {done:,} of {total_steps:,}; go on with --resume auto")
+        else:
+            show_results(config, judge, screen, total_steps)
     return judge.best
 
 
@@ -221,19 +295,26 @@ def rows_of_mean(stage: Stage, draws: list[Draw]) -> dict[str, float]:
     return dict.fromkeys(sizes, sum(sizes[task] for task, _ in draws) / len(draws))
 
 
-def start_run_folder(config: Experiment, splits: Splits, overwrite: bool) -> None:
-    """Writes what is known before the first step, in place of an earlier run if that was asked for."""
+def start_run_folder(config: Experiment, splits: Splits, overwrite: bool, resumed: Checkpoint | None) -> None:
+    """Writes what is known before the first step; an earlier run goes on here, or is replaced if that was asked for."""
     folder = config.output_dir
     with refusing(f"output_dir: cannot write {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in folder.iterdir()}
+        found = {path.name for path in folder.iterdir()} - {LOCK}
         foreign = sorted(found - RUN_FILES)
         if foreign or (found and not found >= {CONFIG_FILE, REJECTED}):
             raise UserError(
                 f"output_dir: {folder} holds {(foreign or sorted(found))[0]}, not a run; choose another folder"
             )
+        if resumed is not None and is_of(resumed, folder):
+            for path in all_in(folder / CHECKPOINTS):  # what came after it will come again
+                if path.name > resumed.path.name:
+                    shutil.rmtree(path)
+            found = set()
         if found and not overwrite:
-            raise UserError(f"output_dir: {folder} holds a run; choose another folder, or replace it with --overwrite")
+            raise UserError(
+                f"output_dir: {folder} holds a run; go on with it by --resume auto, replace it with --overwrite, "
+                "or choose another folder"
+            )
         for name in found:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -242,6 +323,11 @@ def start_run_folder(config: Experiment, splits: Splits, overwrite: bool) -> Non
             for by_task in splits.values():
                 for name, split in by_task.items():
                     file.writelines(f"{name}\t{place(split.source, b.line)}\t{b.message}\n" for b in split.rejected())
+
+
+def is_of(checkpoint: Checkpoint, folder: Path) -> bool:
+    """Whether a checkpoint belongs to the run in this folder."""
+    return checkpoint.path.resolve().parent == (folder / CHECKPOINTS).resolve()
 
 
 def rows_of_step(stage: Stage, draws: list[Draw]) -> dict[str, int]:
@@ -275,6 +361,7 @@ class Judge:
         tokenizer: Tokenizer,
         screen: Screen,
         recorder: Recorder | None,
+        resumed: Checkpoint | None,
     ) -> None:
         self.accelerator = accelerator
         self.config = config
@@ -284,6 +371,17 @@ class Judge:
         self.recorder = recorder
         self.best: Scores = {}
         self.after_stage: dict[str, Scores] = {}
+        # Elsewhere the best model was left behind; with other tasks its scores cannot be compared.
+        if (
+            resumed is not None
+            and is_of(resumed, config.output_dir)
+            and resumed.about["data"].keys() == config.tasks.keys()
+        ):
+            self.best, self.after_stage = resumed.state["best"], resumed.state["after_stage"]
+
+    def state(self) -> dict[str, Any]:
+        """The scores so far."""
+        return {"best": self.best, "after_stage": self.after_stage}
 
     def evaluate(self, model: MultiTaskModel, stage: str, step: int) -> None:
         """Scores all tasks after a step; every rank must take part."""
@@ -321,92 +419,3 @@ def show_results(config: Experiment, judge: Judge, screen: Screen, total_steps: 
     screen.line(f"run folder   {config.output_dir}\nbest model   {config.output_dir / BEST}")
     if config.log.tensorboard:
         screen.line(f"TensorBoard  tensorboard --logdir {config.output_dir / TENSORBOARD}")
-
-
-class Meter:
-    """Adds up what happened since the last report; waits for the device only when a report is due."""
-
-    def __init__(self, accelerator: Accelerator, sizes: dict[str, int]) -> None:
-        self.accelerator = accelerator
-        self.sizes = sizes
-        self.draws = dict.fromkeys(sizes, 0)
-        self.skipped = 0
-        self.restart()
-
-    def restart(self) -> None:
-        """Begins to count anew."""
-        self.loss_sums = {task: torch.zeros((), device=self.accelerator.device) for task in self.sizes}
-        self.new_draws = dict.fromkeys(self.sizes, 0)
-        self.tokens = 0
-        self.steps = 0
-        self.waited = 0.0
-        self.norm: float | Tensor | None = None
-        self.conflicts: list[Conflict] = []
-        self.since = time.perf_counter()
-
-    def micro_batch(self, batch: Batch, loss_sum: Tensor) -> None:
-        """Counts a micro-batch of this rank."""
-        self.loss_sums[batch.task] += loss_sum
-        self.tokens += batch.packed.num_tokens
-
-    def conflict(self, conflict: Conflict | None) -> None:
-        """Notes how far the task gradients of a step agreed, where that is known."""
-        if conflict is not None:
-            self.conflicts.append(conflict)
-
-    def waits(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items; measures how long they let the loop wait."""
-        iterator = iter(items)
-        while True:
-            start = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - start
-            yield item
-
-    def step(self, draws: Iterable[str], stepped: Stepped) -> None:
-        """Counts a step of all ranks."""
-        for task in draws:
-            self.new_draws[task] += 1
-        self.steps += 1
-        self.norm = stepped.norm
-        self.skipped += stepped.skipped
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves what happens inside out of the speed."""
-        start = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - start
-
-    def report(self, stage: str, step: int, optimizer: Optimizer) -> StepReport:
-        """The report of the steps since the last one; every rank must ask for it."""
-        here = torch.stack([*self.loss_sums.values(), torch.tensor(self.tokens, device=self.accelerator.device)])
-        *loss_sums, tokens = self.accelerator.reduce(here).tolist()
-        seconds = time.perf_counter() - self.since
-        for task, new in self.new_draws.items():
-            self.draws[task] += new
-        for task, loss_sum in zip(self.sizes, loss_sums, strict=True):
-            if not math.isfinite(loss_sum):
-                raise UserError(
-                    f"step {step}: the loss of task '{task}' is {loss_sum}; lower optim.lr or clip gradients"
-                )
-        drawn = {task: new * self.sizes[task] for task, new in self.new_draws.items()}
-        report = StepReport(
-            step=step,
-            stage=stage,
-            loss={task: s / drawn[task] for task, s in zip(self.sizes, loss_sums, strict=True) if drawn[task]},
-            draws=dict(self.draws),
-            examples={task: draws * self.sizes[task] for task, draws in self.draws.items()},
-            lr={group["name"]: group["lr"] for group in optimizer.param_groups},
-            tokens_per_second=tokens / seconds,
-            seconds_per_step=seconds / self.steps,
-            data_wait=self.waited / seconds,
-            gradient_norm=None if self.norm is None else float(self.norm),
-            skipped_steps=self.skipped,
-            surgery=mean_of(self.conflicts),
-        )
-        self.restart()
-        return report

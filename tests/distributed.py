@@ -25,8 +25,13 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def on_ranks(world: int, function: Callable[..., T], *args: Any, timeout_s: float = 120) -> list[T]:
-    """The result of `function(*args)` on each of `world` ranks; it must be a module's own function."""
+def on_ranks(
+    world: int, function: Callable[..., T], *args: Any, timeout_s: float = 120, patience_s: float = 0
+) -> list[T]:
+    """The result of `function(*args)` on each of `world` ranks; it must be a module's own function.
+
+    When one fails, the others have `patience_s` to end by themselves.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -45,6 +50,8 @@ def on_ranks(world: int, function: Callable[..., T], *args: Any, timeout_s: floa
         try:
             results, failed = _collect([receiving for receiving, _ in pipes], time.monotonic() + timeout_s)
             if failed or len(results) < world:
+                for process in ranks:
+                    process.join(timeout=patience_s)
                 raise AssertionError(_what_happened(ranks, logs, results, timeout_s))
             for process in ranks:
                 process.join(timeout=30)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -186,26 +187,53 @@ def test_every_key_of_deepspeeds_files_is_explained() -> None:
 
 
 RUN = {"ddp_bf16": "DDP", "fsdp2": "FSDP2", **{f"deepspeed_zero{stage}": f"ZeRO-{stage}" for stage in ZERO}}
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-@pytest.mark.parametrize("name", RUN)
-def test_two_cpu_processes_train_with_the_file(name: str, tiny: Path) -> None:
+def starting(name: str, tiny: Path, *options: str) -> subprocess.Popen[str]:
+    """A training with a launch file."""
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(path(name))]
     train = ["-m", "mtl_dist", "train", str(tiny), "steps=3", "gradients.combiner={kind: pcgrad}"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "FSDP"))}
-    done = subprocess.run(
-        [*launch, "--num_processes", "2", *train],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env=environment,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"2 processes on CPU, 1 thread(s) each, {RUN[name]}, bf16" in done.stdout
-    assert done.stdout.count("best model") == 1
-    assert "FutureWarning" not in done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*launch, *options, *train], **pipes, text=True, env=environment, cwd=ROOT)
+
+
+def ended_well(training: subprocess.Popen[str], tiny: Path) -> str:
+    """What it printed."""
+    try:
+        out, err = training.communicate(timeout=250)
+    finally:
+        training.kill()
+    assert training.returncode == 0, err
+    assert "FutureWarning" not in err
     records = [json.loads(line) for line in (tiny.parent / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records if record["kind"] == "train"] == [2, 3]
-    assert all("surgery" in record for record in records if record["kind"] == "train")
+    assert [record["step"] for record in records if "surgery" in record] == [2, 3]
+    return out
+
+
+@without_gpu
+@pytest.mark.parametrize("name", RUN)
+def test_two_cpu_processes_train_with_the_file(name: str, tiny: Path) -> None:
+    out = ended_well(starting(name, tiny, "--num_processes", "2"), tiny)
+    assert f"2 processes on CPU, 1 thread(s) each, {RUN[name]}, bf16" in out
+    assert out.count("best model") == 1
+
+
+@without_gpu
+def test_one_process_trains_with_the_file_for_one_gpu(tiny: Path) -> None:
+    assert "1 process on CPU" in ended_well(starting("single_gpu", tiny), tiny)
+
+
+@without_gpu
+def test_two_machines_train_together(tiny: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    first, second = (starting("multi_node_ddp", tiny, *options, "--machine_rank", rank) for rank in "01")
+    try:
+        assert "2 processes on CPU" in ended_well(first, tiny)
+        assert "best model" not in ended_well(second, tiny)
+    finally:
+        second.kill()

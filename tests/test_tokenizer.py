@@ -165,9 +165,10 @@ def test_a_failed_call_leaves_the_tokenizer_as_it_was(tokenizer: Tokenizer) -> N
     assert tokenizer.to_str() == before
 
 
-def test_a_worker_encodes_the_same(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_encodes_the_same(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    start_worker(tokenizer.to_str())
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    start_worker(tmp_path / "tokenizer.json")
     examples = [("the cat", "sat on the mat !"), ("a", "b")]
     here, there = encode(tokenizer, examples, 8, True), encode_in_worker(examples, 8, True)
     assert [row.tolist() for (row,) in here.inputs] == [row.tolist() for (row,) in there.inputs]

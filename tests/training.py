@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mtl_dist.config import load
 from mtl_dist.data.batches import RowStream, TrainRows, make_batch
+from mtl_dist.distributed import Stops
 from mtl_dist.evaluate import Scores, score_all
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel, load_model
@@ -27,7 +29,7 @@ NO_DROPOUT = [
 ]
 
 
-def run(config: Path, *overrides: str) -> dict[str, Any]:
+def run(config: Path, *overrides: str, resume: str | None = None) -> dict[str, Any]:
     """Trains; returns the scores, every parameter as this rank last had it, and those of the model that was kept."""
     experiment = load(Experiment, config, overrides)
     here: dict[str, Tensor] = {}
@@ -37,7 +39,9 @@ def run(config: Path, *overrides: str) -> dict[str, Any]:
         return score_all(accelerator, model, *args)
 
     with patch("mtl_dist.train.score_all", scored):
-        scores = train(experiment, overwrite=True)
+        scores = train(experiment, overwrite=resume is None, resume=resume or "never")
+    if not (experiment.output_dir / "best").exists():
+        return {"scores": scores, "parameters": here, "kept": {}}
     kept, _ = load_model(experiment.output_dir / "best", experiment.tasks)
     return {"scores": scores, "parameters": here, "kept": {name: p.detach() for name, p in kept.named_parameters()}}
 
@@ -57,10 +61,26 @@ ENGINES = {
 }  # and what the launcher says to have them
 
 
-def run_under(engine: str, config: Path, *overrides: str) -> dict[str, Any]:
+def run_under(engine: str, config: Path, *overrides: str, resume: str | None = None) -> dict[str, Any]:
     """Trains on this rank as `accelerate launch` would have it."""
     os.environ |= ENGINES[engine]
-    return run(config, *overrides)
+    return run(config, *overrides, resume=resume)
+
+
+def go_on_until(stop_after: int | None, engine: str, config: Path, *overrides: str) -> dict[str, Any]:
+    """Trains, from the last checkpoint if there is one, until rank 0 hears a USR1 after so many steps."""
+    steps = 0
+    agreed = Stops.agreed
+
+    def heard(stops: Stops) -> signal.Signals | None:
+        nonlocal steps
+        steps += 1
+        if steps == stop_after and os.environ.get("RANK", "0") == "0":
+            signal.raise_signal(signal.SIGUSR1)
+        return agreed(stops)
+
+    with patch.object(Stops, "agreed", heard):
+        return run_under(engine, config, *overrides, resume="auto")
 
 
 def far_apart(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -1,19 +1,21 @@
 """Rows to tokens, once: a split is checked, tokenised and written to a memory-mapped Arrow file.
 
-read_rows -> TaskConfig.check -> encode -> <cache>/<key>/{rows.arrow, rejected.tsv, meta.json}
+read_rows -> TaskConfig.check -> encode -> <cache>/<key>/{rows.arrow, rejected.tsv, meta.json, sha256sums}
 
-The key covers all that the tokens depend on, so a cache entry is never stale; an entry appears whole or not at all.
-Training then holds no text in memory: a `Split` is a view on the file.
+The key covers all that the tokens depend on, so a cache entry is never stale; an entry appears whole or not at all, and
+one that was damaged later is written anew. Training then holds no text in memory: a `Split` is a view on the file.
 """
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -30,9 +32,13 @@ from mtl_dist.data.read import BadRow, File, Source, fingerprint, name_of, place
 from mtl_dist.tasks import Example, TaskConfig
 from mtl_dist.tokenizer import Encoded, encode, encode_in_worker, start_worker
 
-FORMAT = 1
+FORMAT = 2
+ROWS, REJECTED, META = "rows.arrow", "rejected.tsv", "meta.json"
+SUMS = "sha256sums"  # of the other three; `sha256sum -c` reads it too
 CHUNK_ROWS = 8192
 CHUNKS_WORTH_PROCESSES = 3  # below this, starting processes takes longer than the work
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Chunk:
 
     lines: NDArray[np.int64]
     labels: NDArray[np.float64]
+    digests: NDArray[np.uint64]
     second_from: NDArray[np.int32]
     inputs: tuple[tuple[NDArray[np.int32], NDArray[np.int32]], ...]  # per input: all its tokens, and each row's offsets
     ids: pa.StringArray
@@ -50,13 +57,13 @@ class Split:
     """The prepared rows of one split of a task."""
 
     def __init__(self, folder: Path, source: Source) -> None:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
         self.folder = folder
         self.source = source
         self.num_rejected: int = meta["rejected"]
         self.num_truncated: int = meta["truncated"]
         self.num_tokens: int = meta["tokens"]
-        with pa.memory_map(str(folder / "rows.arrow")) as file:
+        with pa.memory_map(str(folder / ROWS)) as file:
             reader = pa.ipc.open_file(file)
             self._chunks = [_view(reader.get_batch(i)) for i in range(reader.num_record_batches)]
         self._num_rows = sum(len(chunk.lines) for chunk in self._chunks)
@@ -100,8 +107,12 @@ class Split:
 
     def rejected(self) -> list[BadRow]:
         """The rows of the file that the task cannot use."""
-        lines = (self.folder / "rejected.tsv").read_text(encoding="utf-8").splitlines()
+        lines = (self.folder / REJECTED).read_text(encoding="utf-8").splitlines()
         return [BadRow(int(line), message) for line, message in (text.split("\t", 1) for text in lines)]
+
+    def digests(self) -> Iterator[NDArray[np.uint64]]:
+        """The `digest` of every row, in some arrays."""
+        yield from (chunk.digests for chunk in self._chunks)
 
 
 def _view(batch: pa.RecordBatch) -> Chunk:
@@ -113,6 +124,7 @@ def _view(batch: pa.RecordBatch) -> Chunk:
     return Chunk(
         lines=array(columns["line"]),
         labels=array(columns["label"]),
+        digests=array(columns["digest"]),
         second_from=array(columns["second_from"]),
         inputs=tuple((array(column.values), array(column.offsets)) for column in inputs),
         ids=columns["id"],
@@ -129,27 +141,55 @@ def prepare(
     on_rows: Callable[[int], object] = lambda rows: None,
 ) -> Split:
     """The prepared rows of `source`; from the cache if they are there, else written now (`on_rows` hears how many)."""
-    key = _key(task, source, tokenizer, max_length, labelled)
+    rows = fingerprint(source)
+    key = _key(task, source, rows, tokenizer, max_length, labelled)
     folder = cache_dir / key
-    if not os.access(folder, os.R_OK):
-        unfinished = folder.with_name(f".{key}.{uuid4().hex[:8]}")
+    if not _is_whole(folder):
+        work = folder.with_name(f".{key}.{uuid4().hex[:8]}")
+        unfinished = work / "new"
         try:
             unfinished.mkdir(parents=True)
             _write(unfinished, task, source, tokenizer, max_length, labelled, on_rows)
+            if fingerprint(source) != rows:  # or other rows would stand under this file's key
+                raise UserError(f"{name_of(source)} changed while it was read; start again when it is written")
+            if os.path.lexists(folder) and not _is_whole(folder):  # not made by another process in the meantime
+                log.warning("cache_dir: %s is damaged; it is written anew", folder)
+                folder.rename(work / "damaged")
             unfinished.rename(folder)
         except OSError as error:
             # Another process may have been faster: its entry is as good as ours.
-            if not os.access(folder, os.R_OK):
-                raise UserError(f"cache_dir: cannot write {unfinished}: {error.strerror or error}") from error
+            if not _is_whole(folder):
+                raise UserError(f"cache_dir: cannot write {work}: {error.strerror or error}") from error
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"{name_of(source)}: a process that tokenised it was killed, most likely because memory ran out; "
+                "run mtl-dist prepare where there is more, or free some"
+            ) from error
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
     return Split(folder, source)
 
 
-def _key(task: TaskConfig, source: Source, tokenizer: Tokenizer, max_length: int, labelled: bool) -> str:
+def _is_whole(folder: Path) -> bool:
+    """Whether an entry is there, every byte as it was written."""
+    try:
+        return (folder / SUMS).read_bytes() == _sums(folder)
+    except OSError:
+        return False
+
+
+def _sums(folder: Path) -> bytes:
+    lines = []
+    for name in (ROWS, REJECTED, META):
+        with (folder / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines).encode()
+
+
+def _key(task: TaskConfig, source: Source, rows: str, tokenizer: Tokenizer, max_length: int, labelled: bool) -> str:
     parts = {
         "format": (FORMAT, CHUNK_ROWS),
-        "rows": fingerprint(source),
+        "rows": rows,
         "read_as": source.model_dump(mode="json", exclude={"path"}),
         "suffix": source.path.suffix if isinstance(source, File) else None,
         "tokenizer": tokenizer.to_str(),
@@ -167,14 +207,46 @@ def checked_rows(task: TaskConfig, source: Source, labelled: bool = True) -> Ite
         yield row if isinstance(row, BadRow) else task.check(row, labelled)
 
 
-def count_rows(whose: str, task: TaskConfig, source: Source, labelled: bool = True) -> dict[str, int]:
-    """How many rows are usable and how many not, as `refuse_unusable` allows."""
+def digest(sentences: Sequence[str]) -> int:
+    """64 bits that tell what a row says from what others say, whatever its case and spacing."""
+    text = "\0".join(" ".join(sentence.split()).casefold() for sentence in sentences)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def train_rows_in_dev(train: Mapping[str, Split], dev: Mapping[str, Split]) -> list[str]:
+    """A line for each task of whose dev rows some are among its train rows too."""
+    lines = []
+    for name, split in dev.items():
+        digests, rows = np.unique(np.concatenate(list(split.digests())), return_counts=True)
+        found = np.zeros(len(digests), dtype=bool)
+        for of_chunk in train[name].digests():
+            places = np.searchsorted(digests, of_chunk).clip(max=len(digests) - 1)
+            found[places[digests[places] == of_chunk]] = True
+        if found.any():
+            lines.append(also_in_train(f"{name} dev", int(rows[found].sum()), len(split)))
+    return lines
+
+
+def also_in_train(whose: str, shared: int, rows: int) -> str:
+    """What a user reads of rows that are scored and trained on."""
+    return f"{whose}: {shared:,} of {rows:,} rows are also in train; their scores say little"
+
+
+def count_rows(
+    whose: str,
+    task: TaskConfig,
+    source: Source,
+    labelled: bool = True,
+    on_digest: Callable[[int], object] = lambda digest: None,
+) -> dict[str, int]:
+    """How many rows are usable and how many not, as `refuse_unusable` allows; `on_digest` hears of each usable one."""
     usable, bad = 0, []
     for row in checked_rows(task, source, labelled):
         if isinstance(row, BadRow):
             bad.append(row)
         else:
             usable += 1
+            on_digest(digest(row.sentences))
     refuse_unusable(whose, task, source, usable, bad)
     return {"usable": usable, "rejected": len(bad)}
 
@@ -204,13 +276,19 @@ def _write(
 ) -> None:
     num_inputs = 1 if task.head.joint else len(task.columns.sentences)
     schema = pa.schema(
-        [("line", pa.int64()), ("id", pa.string()), ("label", pa.float64()), ("second_from", pa.int32())]
+        [
+            ("line", pa.int64()),
+            ("id", pa.string()),
+            ("label", pa.float64()),
+            ("digest", pa.uint64()),
+            ("second_from", pa.int32()),
+        ]
         + [(f"input{i}", pa.list_(pa.int32())) for i in range(num_inputs)]
     )
     meta = {"rejected": 0, "truncated": 0, "tokens": 0}
     with (
-        (folder / "rejected.tsv").open("w", encoding="utf-8", errors="backslashreplace") as rejected,
-        pa.OSFile(str(folder / "rows.arrow"), "wb") as file,
+        (folder / REJECTED).open("w", encoding="utf-8", errors="backslashreplace") as rejected,
+        pa.OSFile(str(folder / ROWS), "wb") as file,
         pa.ipc.new_file(file, schema) as writer,
     ):
 
@@ -222,12 +300,14 @@ def _write(
                     rejected.write(f"{row.line}\t{' '.join(row.message.split())}\n")
                     meta["rejected"] += 1
 
-        for examples, encoded in _encode_all(_in_chunks(good_rows()), tokenizer, max_length, task.head.joint):
+        chunks = _in_chunks(good_rows())
+        for examples, encoded in _encode_all(chunks, tokenizer, max_length, task.head.joint, folder.parent):
             writer.write_batch(_record_batch(examples, encoded, schema))
             meta["truncated"] += encoded.truncated
             meta["tokens"] += sum(len(tokens) for row in encoded.inputs for tokens in row)
             on_rows(len(examples))
-    (folder / "meta.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")
+    (folder / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
+    (folder / SUMS).write_bytes(_sums(folder))
 
 
 def _in_chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
@@ -236,9 +316,9 @@ def _in_chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
 
 
 def _encode_all(
-    chunks: Iterator[list[Example]], tokenizer: Tokenizer, max_length: int, joint: bool
+    chunks: Iterator[list[Example]], tokenizer: Tokenizer, max_length: int, joint: bool, scratch: Path
 ) -> Iterator[tuple[list[Example], Encoded]]:
-    """Each chunk with its tokens, in order; a large split is spread over processes."""
+    """Each chunk with its tokens, in order; a large split is spread over processes, which find files in `scratch`."""
     first = list(islice(chunks, CHUNKS_WORTH_PROCESSES))
     if len(first) < CHUNKS_WORTH_PROCESSES:
         for chunk in first:
@@ -246,9 +326,12 @@ def _encode_all(
         return
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[tuple[list[Example], Future[Encoded]]] = deque()
+    # In a file: Python waits forever for a process that dies before it has read so large an argument.
+    path = scratch / "tokenizer.json"
+    tokenizer.save(str(path))
     # Spawned, because a fork would copy the threads' locks of whatever runs here.
     with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(tokenizer.to_str(),)
+        workers, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(path,)
     ) as pool:
         for chunk in chain(first, chunks):
             sentences = [example.sentences for example in chunk]
@@ -265,6 +348,7 @@ def _record_batch(examples: Sequence[Example], encoded: Encoded, schema: pa.Sche
         pa.array([example.line for example in examples], pa.int64()),
         pa.array([example.id for example in examples], pa.string()),
         pa.array([example.label for example in examples], pa.float64()),
+        pa.array([digest(example.sentences) for example in examples], pa.uint64()),
         pa.array(encoded.second_from, pa.int32()),
     ]
     for tokens in zip(*encoded.inputs, strict=True):

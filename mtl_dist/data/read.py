@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mtl_dist.config import Config, UserError, UserPath
+from mtl_dist.config import LONE_SURROGATE, Config, UserError, UserPath
 
 Format = Literal["csv", "tsv", "jsonl", "parquet"]
 DELIMITERS: dict[Format, str] = {"csv": ",", "tsv": "\t"}
@@ -28,7 +28,6 @@ MAX_RECORD_LINES = 100  # of one CSV record; a quote still open after them was a
 PARQUET_BATCH_ROWS = 4096
 
 QUOTED_FIELD = re.compile(r'"([^"]*+(?:""[^"]*+)*+)"')
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class File(Config):

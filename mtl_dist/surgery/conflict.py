@@ -28,6 +28,12 @@ class Conflict:
     similarity_to_sum: float  # cosine of the combined gradient and the plain sum
     layers: "dict[str, Conflict] | None" = None  # the same of each layer by itself, where that was asked for
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Conflict":
+        """What `dataclasses.asdict` was made of."""
+        layers = values["layers"]
+        return cls(**values | {"layers": layers and {name: cls.from_dict(layer) for name, layer in layers.items()}})
+
 
 def mean_of(conflicts: list[Conflict]) -> dict[str, Any] | None:
     """The numbers of several steps, on average; of tasks and pairs over the steps that had them."""

@@ -13,12 +13,13 @@ any number of ranks computes what one would compute with the whole global batch.
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from math import isfinite
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from mtl_dist.config import Config
@@ -47,6 +48,17 @@ class GradientsConfig(Config):
     accumulation: PositiveInt = 1  # micro-batches that each process computes a draw in; changes memory alone
     max_tokens: PositiveInt | None = None  # of a micro-batch: there are as many more of them as this takes
     clip_norm: PositiveFloat | None = None  # largest norm of the gradient, over all parameters
+    # A gradient that is infinite or NaN: the step is left out, the task that it comes from is, or the run ends.
+    nonfinite: Literal["skip_step", "drop_task", "stop"] = "skip_step"
+    most_nonfinite: PositiveInt = 10  # steps in a row with such a gradient, after which the run ends
+
+    @model_validator(mode="after")
+    def _drops_what_it_can_tell_apart(self) -> Self:
+        if self.nonfinite == "drop_task" and not (self.measure or (self.operates and self.every == 1)):
+            raise ValueError(
+                "nonfinite is drop_task, which needs the tasks' gradients apart in every step: set measure"
+            )
+        return self
 
     @property
     def operates(self) -> bool:
@@ -117,16 +129,28 @@ class Gradients:
             averages=last and (self.is_last_task if self.filled is None else self.filled.averaged_by_engine)
         )
 
+    @property
+    def dropped(self) -> set[str]:
+        """The tasks that the step at hand goes without."""
+        return set() if self.filled is None else self.filled.dropped
+
     def combine(self) -> Conflict | None:
         """Leaves the combined gradient in the parameters; says what the tasks' were like, where they are known."""
         if isinstance(self.config.combiner, LossCombiner):
             sums = self.accelerator.reduce(torch.stack(list(self.loss_sums.values()))).tolist()
             losses = {task: s / n for (task, n), s in zip(self.rows_drawn.items(), sums, strict=True)}
-            self.config.combiner.observe(losses, self.state.setdefault("losses", {}))
+            if all(map(isfinite, losses.values())):
+                self.config.combiner.observe(losses, self.state.setdefault("losses", {}))
         if self.filled is None:
             return None
         grams_SKK = self.filled.grams()
         grams_SKK /= self.engine.loss_scale**2
+        if self.config.nonfinite == "drop_task":
+            for k, task in enumerate(self.filled.tasks):
+                if not grams_SKK[:, k, k].sum().isfinite():
+                    self.filled.drop(task)
+                    grams_SKK[:, k] = grams_SKK[:, :, k] = 0
+            self.engine.tasks = self.filled.kept
         weights_SK = self._weights(grams_SKK, self.filled.tasks)
         self.filled.deposit(weights_SK)
         return conflict(self.filled.tasks, grams_SKK, weights_SK, self.layers)

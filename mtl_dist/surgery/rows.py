@@ -71,6 +71,18 @@ class Rows(ABC):
     def start(self) -> None:
         """Begins a step."""
         self.tasks = []
+        self.dropped: set[str] = set()
+
+    @property
+    def kept(self) -> list[str]:
+        """The tasks that take part in the step."""
+        return [task for task in self.tasks if task not in self.dropped]
+
+    @torch.no_grad()
+    def drop(self, task: str) -> None:
+        """Leaves a task out of the step: its row becomes zero, and its head gets no gradient."""
+        self.dropped.add(task)
+        self.rows_KN[self.tasks.index(task)].zero_()
 
     @abstractmethod
     def of_task(self, task: str) -> AbstractContextManager[None]:
@@ -172,9 +184,9 @@ class Replicated(Rows):
     def deposit(self, weights_SK: Tensor) -> None:
         """Makes the combination of the rows, and every head's own gradient, the gradients of the parameters."""
         point_at(self.whole(self.combined(weights_SK)), self.layout.shared)
-        for parameter in set(self.layout.shared) - self.layout.reached(self.tasks):
+        for parameter in set(self.layout.shared) - self.layout.reached(self.kept):
             parameter.grad = None  # a zero would let the optimizer move it
-        for task in self.tasks:
+        for task in self.kept:
             point_at(self.own_rows[task], self.layout.own[task])
 
     def whole(self, combined_N: Tensor) -> Tensor:
@@ -260,7 +272,10 @@ class Sharded(Rows):
     def deposit(self, weights_SK: Tensor) -> None:
         """Makes the combination of the rows, and every head's own gradient, the gradients of the parameters."""
         combined_N = self.combined(weights_SK)
-        reached = self.layout.reached(self.tasks)
+        for task in self.dropped:
+            for parameter in self.layout.own[task]:
+                parameter.grad = None
+        reached = self.layout.reached(self.kept)
         for parameter, columns in zip(self.layout.shared, self.slices, strict=True):
             if parameter in reached:
                 assert isinstance(parameter, DTensor)

@@ -260,7 +260,7 @@ def test_processes_write_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer, mo
         entries.append(prepare(task(**JOINT), source, tokenizer, 12, tmp_path / str(worth)).folder)
     parallel, inline = ({path.name: path.read_bytes() for path in entry.iterdir()} for entry in entries)
     assert parallel == inline
-    assert files_in(entries[0]) == ["meta.json", "rejected.tsv", "rows.arrow"]
+    assert files_in(entries[0]) == ["meta.json", "rejected.tsv", "rows.arrow", "sha256sums"]
 
 
 def test_a_crash_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

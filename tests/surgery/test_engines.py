@@ -9,8 +9,10 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import yaml
 
 from mtl_dist.config import UserError
+from mtl_dist.surgery.rows import Rows
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD, last_records, written_out
 from tests.training import ENGINES, far_apart, run, run_under
@@ -43,7 +45,7 @@ def test_plain_training_is_that_of_one_process(tiny: Path, engine: str) -> None:
 
 
 def run_and_never_forget(config: Path, *overrides: str) -> dict[str, Any]:
-    with patch("mtl_dist.engine.forget"), patch("mtl_dist.surgery.zero.forget"):
+    with patch("mtl_dist.engine.forget"), patch("mtl_dist.zero.forget"):
         return run_under("zero3", config, *overrides)
 
 
@@ -99,6 +101,52 @@ def test_bf16_on_ranks_is_as_near_to_one_as_bf16_is_to_fp32(tiny: Path, engine: 
     rounding = far_apart(alone["parameters"], exact)
     for rank in on_ranks(2, run_under, engine, tiny, *overrides, "precision=bf16"):
         assert 1e-5 < far_apart(rank["parameters"], alone["parameters"]) < 1.5 * rounding < 0.01
+
+
+def many_tasks(config: Path, number: int) -> Path:
+    """The experiment with so many tasks in the place of its three, on the same rows but of different batch sizes."""
+    content = yaml.safe_load(config.read_text())
+    task = content["tasks"]["mood"] | {"dev": None, "dropout": 0}
+    content["tasks"] = {f"task{i}": task | {"batch_size": 1 + i % 3, "weight": 1 + i % 4} for i in range(number)}
+    content["encoder"] |= {"dropout": 0, "attention_dropout": 0}
+    many = config.with_name("many.yaml")
+    many.write_text(yaml.safe_dump(content))
+    return many
+
+
+def rows_of_a_run(engine: str, config: Path, *overrides: str) -> dict[str, Any]:
+    """What the rows take on this rank, beside what came of the training."""
+    made: list[Rows] = []
+    start = Rows.start
+
+    def noted(rows: Rows) -> None:
+        made[:] = [rows]
+        start(rows)
+
+    with patch.object(Rows, "start", noted):
+        result = run_under(engine, config, *overrides)
+    (rows,) = made
+    tensors = [rows.rows_KN, *getattr(rows, "buffers", [])]
+    return result | {"bytes": sum(tensor.nbytes for tensor in tensors)}
+
+
+@pytest.mark.parametrize(
+    ("engine", "reduce"),
+    [("ddp", "all_reduce"), ("ddp", "reduce_scatter"), ("zero2", ""), ("zero3", ""), ("fsdp2", "")],
+)
+def test_sixty_four_tasks_in_a_step(tiny: Path, engine: str, reduce: str) -> None:
+    config = many_tasks(tiny, 64)
+    overrides = ["log.tensorboard=false", PCGRAD, "steps=3", f"gradients.reduce={reduce or 'all_reduce'}"]
+    expected = written_out(config, *overrides)
+    shared = 4 * sum(p.numel() for name, p in expected.items() if name.startswith("encoder."))
+    planned = 64 * shared
+    if reduce != "all_reduce":
+        planned = 64 * shared // 2 + (2 * shared if reduce else 0)
+    ranks = on_ranks(2, rows_of_a_run, engine, config, *overrides)
+    for rank in ranks:
+        assert far_apart(rank["parameters"], expected) < 1e-6
+    # How much of it lies on which rank is the engine's choice.
+    assert sum(rank["bytes"] for rank in ranks) == pytest.approx(2 * planned, rel=0.01)
 
 
 def refused(config: Path, engine: str, environment: dict[str, str], *overrides: str) -> str:

@@ -1,0 +1,187 @@
+"""Saves a run so that it can go on, and finds what it goes on with: changes since then are shown, or refused."""
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.table import Table
+from torch import Tensor, nn
+
+import mtl_dist
+from mtl_dist.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, Snapshot, Writer, all_in, last_whole
+from mtl_dist.config import UserError, differences
+from mtl_dist.data.prepare import Split
+from mtl_dist.distributed import engine_name, precision_of
+from mtl_dist.engine import Engine
+from mtl_dist.experiment import Experiment
+from mtl_dist.model.multitask import MultiTaskModel
+from mtl_dist.telemetry import plain_table
+
+# Where a run is and how it is watched may change without a word.
+FREE = ("output_dir", "data_dir", "cache_dir", "checkpoint", "log", "distributed")
+
+
+def about(accelerator: Accelerator, config: Experiment, train: Mapping[str, Split]) -> dict[str, Any]:
+    """What a run is, for its checkpoints."""
+    return {
+        "mtl_dist": mtl_dist.__version__,
+        "ranks": accelerator.num_processes,
+        "engine": engine_name(accelerator),
+        "precision": precision_of(accelerator),
+        "data": {name: split.folder.name for name, split in train.items()},
+        "config": config.model_dump(mode="json", by_alias=True),
+    }
+
+
+def checkpoint_to_resume(
+    resume: str, now: Mapping[str, Any], folder: Path, allow_changes: bool, warn: Callable[[str], object]
+) -> Checkpoint | None:
+    """The checkpoint that `resume` names: never one, the last whole one of this run (auto), or that at a path."""
+    if resume == "never":
+        return None
+    checkpoint = _last(folder / CHECKPOINTS, warn) if resume == "auto" else _at(Path(resume), warn)
+    if checkpoint is not None and not allow_changes:
+        _refuse_changes(checkpoint, now)
+    return checkpoint
+
+
+def _last(folder: Path, warn: Callable[[str], object]) -> Checkpoint | None:
+    checkpoint, problems = last_whole(folder)
+    for problem in problems:
+        warn(f"{folder.parent}: {problem}")
+    if checkpoint is None and problems:
+        raise UserError(f"{folder}: no checkpoint is whole; start anew with --overwrite")
+    return checkpoint
+
+
+def _at(path: Path, warn: Callable[[str], object]) -> Checkpoint:
+    if (path / MANIFEST).exists():
+        return Checkpoint(path)
+    folder = path if all_in(path) else path / CHECKPOINTS
+    checkpoint = _last(folder, warn)
+    if checkpoint is None:
+        raise UserError(f"--resume {path}: no checkpoint there; give a run folder, or one of its checkpoints/step-*")
+    return checkpoint
+
+
+def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
+    then, data = checkpoint.about["data"], now["data"]
+    way_out = "; start anew, or go on all the same with --allow-changes"
+    if missing := sorted(then.keys() ^ data.keys()):
+        raise UserError(f"{checkpoint.path}: the run has other tasks now: {', '.join(missing)}{way_out}")
+    for task, fingerprint in data.items():
+        if then[task] != fingerprint:
+            raise UserError(
+                f"{checkpoint.path}: the train rows of task '{task}' are others now "
+                f"(their file, columns, labels, tokenizer or longest length has changed){way_out}"
+            )
+
+
+def changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> Table | None:
+    """What differs between the run that was saved and the one that goes on."""
+    found = [
+        (key, before, after)
+        for part in ("ranks", "engine", "precision", "config")
+        for key, before, after in differences({part: checkpoint.about[part]}, {part: now[part]})
+        if key.removeprefix("config.").partition(".")[0] not in FREE
+    ]
+    if not found:
+        return None
+    table = plain_table("changed since", "then", "now", texts=("changed since", "then", "now"))
+    for key, before, after in found:
+        table.add_row(key.removeprefix("config."), str(before), str(after))
+    return table
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module, allow_changes: bool) -> None:
+    """Fills the model; heads of tasks that came new keep what they begin with."""
+    weights = checkpoint.tensors("weights")
+    for name, parameter in model.named_parameters():
+        if name not in weights and allow_changes and name.startswith("heads."):
+            continue
+        if name not in weights or weights[name].shape != parameter.shape:
+            found = list(weights[name].shape) if name in weights else "not there"
+            raise UserError(f"{checkpoint.path}: {name} is {found}, the config asks for {list(parameter.shape)}")
+        parameter.data.copy_(weights[name])
+
+
+def moments_of(checkpoint: Checkpoint, kind: str) -> dict[str, dict[str, Tensor]]:
+    """The moments of each parameter, by its name."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in checkpoint.tensors(kind).items():
+        parameter, _, key = name.rpartition("/")
+        moments.setdefault(parameter, {})[key] = tensor
+    return moments
+
+
+class Saver:
+    """Saves the run so that it can go on."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Experiment,
+        now: dict[str, Any],
+        progress: Callable[[], dict[str, Any]],
+        tell: Callable[[str], object],
+    ) -> None:
+        """`progress` says what the run has counted and scored; every rank must ask for it."""
+        self.accelerator = accelerator
+        self.config = config.checkpoint
+        self.now = now
+        self.progress = progress
+        self.tell = tell
+        self.writer = Writer(config.output_dir / CHECKPOINTS, self.config.keep, self.config.async_)
+
+    def is_due(self, done: int, evaluated: bool) -> bool:
+        """Whether to save after a step, of which we know whether the dev sets were scored after it."""
+        return evaluated if self.config.every_steps is None else done % self.config.every_steps == 0
+
+    def save(
+        self,
+        done: int,
+        position: tuple[int, int],
+        engine: Engine[MultiTaskModel],
+        carried: Mapping[Tensor, dict[str, Tensor]],
+        combiner: dict[str, Any],
+        scored: bool = False,
+    ) -> None:
+        """Copies the run as it stands, and has it written; every rank must take part.
+
+        `position` is the stage and how many steps of it are done; `scored` says that its last scores are known.
+        """
+        stage, step = position
+        progress = self.progress()
+        tensors: dict[str, Tensor] = {}
+        with engine.whole() as whole:
+            for name, parameter in whole.named_parameters():
+                self._keep(tensors, f"weights/{name}", parameter)
+                for key, value in carried.get(parameter, {}).items():
+                    self._keep(tensors, f"carried/{name}/{key}", value)
+        for name, moments in engine.moments():
+            for key, value in moments.items():
+                self._keep(tensors, f"moments/{name}/{key}", value)
+        if self.accelerator.is_main_process:
+            state = {"stage": stage, "step": step, "scored": scored, "combiner": combiner, "scaling": engine.scaling()}
+            state |= progress
+            self._tell(self.writer.write(Snapshot(done, state, tensors, self.now)))
+
+    def _keep(self, tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+        if self.accelerator.is_main_process:
+            tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+
+    def finish(self, stop: signal.Signals | None) -> None:
+        """Waits until all is written; a job that was told to make room is then asked for again."""
+        problems = self.writer.finish()
+        self._tell(problems)
+        if stop and problems:
+            raise UserError(problems[0])
+        if stop == signal.SIGUSR1 and (requeue := os.environ.get("MTL_DIST_REQUEUE_FILE")):
+            Path(requeue).touch()
+
+    def _tell(self, problems: Iterable[str]) -> None:
+        for problem in problems:
+            self.tell(problem)

@@ -1,0 +1,178 @@
+"""What becomes of a run when a task's loss is no number, a rank dies, hangs or differs, or a signal comes.
+
+python -m pytest tests/faults/test_ranks.py
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from torch import Tensor
+
+from mtl_dist.config import UserError, load
+from mtl_dist.experiment import Experiment
+from mtl_dist.model.multitask import MultiTaskModel
+from tests.distributed import on_ranks
+from tests.surgery.test_training import LAST, PCGRAD
+from tests.training import far_apart, run, run_under
+
+
+def poisoned(task: str, calls: list[int], engine: str, config: Path, *overrides: str) -> dict[str, Any]:
+    """Trains; on the last rank, these forward passes of a task come out as NaN."""
+    made = 0
+    forward = MultiTaskModel.forward
+
+    def poisoning(model: MultiTaskModel, name: str, *inputs: Any) -> Tensor:
+        nonlocal made
+        raw = forward(model, name, *inputs)
+        made += name == task and model.training
+        last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+        return raw * float("nan") if last and name == task and model.training and made in calls else raw
+
+    with patch.object(MultiTaskModel, "forward", poisoning):
+        return run_under(engine, config, *overrides)
+
+
+def records(config: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (config.parent / "run" / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes"), [("ddp", []), ("ddp", [PCGRAD]), ("zero2", [PCGRAD]), ("zero3", []), ("fsdp2", [PCGRAD])]
+)
+def test_a_step_with_a_nan_is_left_out_on_all_ranks(tiny: Path, engine: str, changes: list[str]) -> None:
+    overrides = [*LAST, *changes, "log.every_steps=1", "steps=3"]
+    before = on_ranks(2, run_under, engine, tiny, *overrides, "steps=2")[0]["parameters"]
+    for rank in on_ranks(2, poisoned, "same", [3], engine, tiny, *overrides):
+        assert far_apart(rank["parameters"], before) == 0
+    (fault,) = records(tiny, "fault")
+    assert fault["step"] == 3
+    assert fault["rows"].keys() == {"same"}
+    assert all(place.startswith(f"{tiny.parent}/same-train.tsv:") for place in fault["rows"]["same"])
+    assert [record["skipped_steps"] for record in records(tiny, "train")] == [0, 0, 1]
+    assert records(tiny, "train")[-1]["loss"] == {}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+def test_a_task_with_a_nan_is_dropped_from_its_step(tiny: Path, engine: str) -> None:
+    drop = [*LAST, "gradients.nonfinite=drop_task", "gradients.measure=true", "log.every_steps=1"]
+    before = on_ranks(2, run_under, engine, tiny, *drop, "steps=2")[0]["parameters"]
+    for rank in on_ranks(2, poisoned, "same", [3], engine, tiny, *drop, "steps=3"):
+        moved = {name for name, p in rank["parameters"].items() if not p.equal(before[name])}
+        assert any(name.startswith("heads.mood") for name in moved)
+        assert any(name.startswith("encoder.layers") for name in moved)
+        assert not any(name.startswith("heads.same") for name in moved)
+        assert all(p.isfinite().all() for p in rank["parameters"].values())
+    assert records(tiny, "fault")[0]["dropped"] == ["same"]
+    assert records(tiny, "train")[-1]["loss"].keys() == {"mood", "near"}
+    assert records(tiny, "train")[-1]["skipped_steps"] == 0
+
+
+def test_tasks_that_are_not_apart_cannot_be_dropped(tiny: Path) -> None:
+    with pytest.raises(UserError, match="nonfinite is drop_task, which needs the tasks' gradients apart in every step"):
+        load(Experiment, tiny, ["gradients.nonfinite=drop_task"])
+
+
+def refused(function: Any, *arguments: Any) -> str:
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    return str(error.value)
+
+
+def test_the_run_ends_where_it_was_told_to_or_after_too_many(tiny: Path) -> None:
+    stop = [*LAST, "gradients.nonfinite=stop"]
+    for message in on_ranks(2, refused, poisoned, "near", [2], "ddp", tiny, *stop):
+        assert message.startswith(f"step 2: the loss of task 'near' is no number at {tiny.parent}/near-train.tsv:")
+    always = list(range(4, 100))
+    last = refused(poisoned, "mood", always, "ddp", tiny, *LAST, "steps=20", "gradients.most_nonfinite=5")
+    assert last.startswith("step 8: the loss of task 'mood' is no number at ")
+    assert "5 steps in a row; lower optim.lr" in last
+    # Now and then is not in a row; and nothing that was saved is poisoned.
+    kept = poisoned("mood", [4, 6, 8, 10, 12], "ddp", tiny, *LAST, "steps=14", "gradients.most_nonfinite=2")["kept"]
+    assert all(p.isfinite().all() for p in kept.values())
+
+
+def run_its_own(config: Path, *overrides: str) -> str:
+    return refused(run, config, *overrides, f"optim.lr=0.00{1 + int(os.environ['RANK'])}")
+
+
+def test_ranks_that_differ_stop_before_the_first_step(tiny: Path) -> None:
+    for message in on_ranks(2, run_its_own, tiny, *LAST):
+        assert message == "the ranks differ: config.optim.lr is 0.001 on rank 0, and 0.002 on rank 1"
+    assert not (tiny.parent / "run").exists()
+
+
+def run_until(step: int, what: str, config: Path, *overrides: str) -> None:
+    """Trains; in a step, the last rank is killed, or hangs."""
+    made = 0
+    forward = MultiTaskModel.forward
+
+    def failing(model: MultiTaskModel, *inputs: Any) -> Tensor:
+        nonlocal made
+        made += 1
+        if made == 3 * step and os.environ["RANK"] == "1":
+            if what == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(100)
+        return forward(model, *inputs)
+
+    with patch.object(MultiTaskModel, "forward", failing):
+        run(config, *overrides)
+
+
+def test_a_rank_that_dies_ends_the_others(tiny: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"rank 0: another rank is gone \(Connection \w+ by peer\)") as error:
+        on_ranks(2, run_until, 2, "dies", tiny, *LAST, timeout_s=60, patience_s=30)
+    assert time.monotonic() - start < 60
+    assert "rank 0 ended with exit code 1" in str(error.value)
+
+
+def test_a_rank_that_hangs_is_ended_and_shows_where(tiny: Path) -> None:
+    with pytest.raises(AssertionError) as error:
+        on_ranks(2, run_until, 2, "hangs", tiny, *LAST, "distributed.timeout_s=6", timeout_s=60, patience_s=30)
+    text = str(error.value)
+    assert "rank 1 ended with exit code 1" in text
+    assert "Timeout (0:00:06)!" in text
+    assert "in failing" in text  # the line where it slept
+
+
+MOMENTS = {
+    "in the data's preparation": "mtl_dist.train.load_data",
+    "in an evaluation": "mtl_dist.evaluate.predict",
+    "in a save": "mtl_dist.checkpoint.save_file",
+    "while the best model is saved": "mtl_dist.train.save_model",
+    "in a step": "mtl_dist.train.rows_of_mean",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_at_any_moment(tiny: Path, moment: str, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["log.tensorboard=false", "steps=8", "evaluate.every_steps=2"]
+    whole = run(tiny, *overrides)["parameters"]
+    place = MOMENTS[moment]
+    module, _, name = place.rpartition(".")
+    original = getattr(__import__(module, fromlist=[name]), name)
+    calls = 0
+
+    def disturbed(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # a second one does no harm
+        return original(*arguments, **options)
+
+    requeue = tiny.parent / "requeue"
+    with patch(place, disturbed), patch.dict(os.environ, MTL_DIST_REQUEUE_FILE=str(requeue)):
+        run(tiny, *overrides)
+    assert f"{signal.Signals(number).name}: saved after step " in capsys.readouterr().out
+    assert requeue.exists() == (number == signal.SIGUSR1)
+    assert far_apart(run(tiny, *overrides, resume="auto")["parameters"], whole) == 0

@@ -1,0 +1,157 @@
+"""A run that was stopped goes on as if nothing had happened: on other ranks and under another engine too.
+
+python -m pytest tests/test_resume.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mtl_dist.config import UserError, load
+from mtl_dist.experiment import Experiment
+from mtl_dist.train import train
+from tests.distributed import on_ranks
+from tests.training import far_apart, go_on_until, run
+
+PCGRAD = "gradients.combiner={kind: pcgrad}"
+QUICK = ["log.tensorboard=false", "log.every_steps=3", "steps=12", "evaluate.every_steps=4"]
+
+
+def on(world: int, stop_after: int | None, engine: str, config: Path, *overrides: str) -> list[dict[str, Any]]:
+    if world == 1 and engine == "ddp":
+        return [go_on_until(stop_after, engine, config, *overrides)]
+    return on_ranks(world, go_on_until, stop_after, engine, config, *overrides)
+
+
+def told(config: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what differs between any two runs."""
+    text = (config.parent / "run" / "metrics.jsonl").read_text()
+    timing = {"time", "tokens_per_second", "seconds_per_step", "data_wait"}
+    return [{key: value for key, value in json.loads(line).items() if key not in timing} for line in text.splitlines()]
+
+
+def afresh(config: Path) -> None:
+    """Moves the run away, so that the next one begins anew."""
+    (config.parent / "run").rename(config.parent / f"run{len(list(config.parent.iterdir()))}")
+
+
+@pytest.mark.parametrize(
+    ("world", "engine", "changes"),
+    [
+        (1, "ddp", []),
+        (1, "ddp", [PCGRAD, "mixer={kind: temperature, draws_per_step: 2}", "gradients.every=2"]),
+        (
+            2,
+            "ddp",
+            ["gradients.combiner={kind: gradvac}", "gradients.reduce=reduce_scatter", "gradients.measure=layers"],
+        ),
+        (2, "ddp", ["gradients.combiner={kind: famo}", "mixer={kind: annealed}", "precision=bf16"]),
+        (2, "fsdp2", [PCGRAD, "mixer={kind: uniform}"]),
+        (2, "zero1", [PCGRAD, "mixer={kind: uniform}", "precision=bf16"]),
+        (2, "zero2", [PCGRAD, "mixer={kind: uniform}"]),
+        (2, "zero3", [PCGRAD, "mixer={kind: uniform}", "precision=bf16"]),
+    ],
+)
+def test_stopped_and_resumed_is_undisturbed_bit_for_bit(
+    tiny: Path, world: int, engine: str, changes: list[str]
+) -> None:
+    overrides = [*QUICK, *changes]  # with dropout
+    whole = on(world, None, engine, tiny, *overrides)
+    expected = told(tiny)
+    afresh(tiny)
+    on(world, 5, engine, tiny, *overrides)  # between two reports, and after an evaluation
+    resumed = on(world, None, engine, tiny, *overrides)
+    for before, after in zip(whole, resumed, strict=True):
+        assert far_apart(after["parameters"], before["parameters"]) == 0
+        assert far_apart(after["kept"], before["kept"]) == 0
+        assert after["scores"] == before["scores"]
+    assert [line["step"] for line in told(tiny)] == [line["step"] for line in expected]
+    assert told(tiny)[-1] == expected[-1]
+    assert told(tiny)[-2] == {
+        key: pytest.approx(value, rel=1e-5) if key == "loss" else value for key, value in expected[-2].items()
+    }
+
+
+@pytest.mark.parametrize(
+    "legs",
+    [
+        [(2, "ddp"), (1, "ddp"), (4, "ddp")],
+        [(1, "ddp"), (2, "zero3"), (2, "fsdp2")],
+        [(4, "zero2"), (2, "ddp"), (2, "zero1")],
+    ],
+)
+def test_a_run_goes_on_elsewhere(tiny: Path, legs: list[tuple[int, str]]) -> None:
+    none = [f"tasks.{task}.dropout=0" for task in ("mood", "same", "near")]
+    overrides = [*QUICK, *none, "encoder.dropout=0", "encoder.attention_dropout=0", PCGRAD, "mixer={kind: uniform}"]
+    expected = run(tiny, *overrides)
+    afresh(tiny)
+    for stop_after, (world, engine) in zip((4, 5, None), legs, strict=True):
+        ranks = on(world, stop_after, engine, tiny, *overrides)
+    assert far_apart(ranks[0]["parameters"], expected["parameters"]) < 1e-6
+    assert ranks[0]["scores"]["step"] == expected["scores"]["step"]
+
+
+def test_every_step_of_several_stages(tiny: Path) -> None:
+    stages = (
+        "stages=[{name: a, steps: 2}, {name: b, tasks: [mood, near], steps: 2, gradients: {combiner: {kind: pcgrad}}}, "
+        "{name: c, steps: 2, carry_moments: true}]"
+    )
+    overrides = ["log.tensorboard=false", "log.every_steps=1", "steps=null", stages]
+    whole = run(tiny, *overrides)
+    expected = told(tiny)
+    afresh(tiny)
+    for _ in range(5):  # one step at a time
+        go_on_until(1, "ddp", tiny, *overrides)
+    resumed = go_on_until(None, "ddp", tiny, *overrides)
+    assert far_apart(resumed["parameters"], whole["parameters"]) == 0
+    assert resumed["scores"] == whole["scores"]
+    assert [line["step"] for line in told(tiny)] == [line["step"] for line in expected]
+    assert told(tiny)[-1] == expected[-1]
+    # Nothing is left to do.
+    again = go_on_until(None, "ddp", tiny, *overrides)
+    assert again["scores"] == whole["scores"]
+    assert [line["step"] for line in told(tiny)] == [line["step"] for line in expected]
+
+
+def test_checkpoints_without_a_stop(tiny: Path) -> None:
+    folder = tiny.parent / "run" / "checkpoints"
+    run(tiny, *QUICK)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000008", "step-00000012"]
+    run(tiny, *QUICK, "checkpoint.every_steps=5", "checkpoint.keep=3", "checkpoint.async=false")
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000005", "step-00000010", "step-00000012"]
+
+
+def test_a_path_to_go_on_from(tiny: Path) -> None:
+    whole = run(tiny, *QUICK, "checkpoint.keep=9")
+    first = tiny.parent / "run" / "checkpoints" / "step-00000004"
+    elsewhere = [*QUICK, f"output_dir={tiny.parent / 'other'}"]
+    there = run(tiny, *elsewhere, resume=str(first))
+    assert far_apart(there["parameters"], whole["parameters"]) == 0
+    with pytest.raises(UserError, match="no checkpoint there; give a run folder"):
+        run(tiny, *QUICK, resume=str(tiny.parent))
+    # The same folder goes back to that step.
+    assert far_apart(run(tiny, *QUICK, resume=str(first))["parameters"], whole["parameters"]) == 0
+    steps = [line["step"] for line in told(tiny) if line["kind"] == "dev"]
+    assert steps == [4, 8, 12]
+
+
+def test_changes_are_shown_or_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny, *QUICK, "steps=4")
+    run(tiny, *QUICK, "steps=4", "optim.lr=0.5", resume="auto")
+    table = capsys.readouterr().out
+    assert "optim.lr" in table and "0.001" in table and "0.5" in table
+    content = yaml.safe_load(tiny.read_text())
+    del content["tasks"]["near"]
+    two = tiny.with_name("two.yaml")
+    two.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="the run has other tasks now: near; start anew, or go on all the same with"):
+        run(two, *QUICK, resume="auto")
+    allowed = load(Experiment, two, [*QUICK, "steps=8"])
+    assert train(allowed, resume="auto", allow_changes=True)["tasks"].keys() == {"mood", "same"}
+    rows = tiny.parent / "mood-train.tsv"
+    rows.write_text(rows.read_text() + "mood99\tbam\t1\n")
+    with pytest.raises(UserError, match="the train rows of task 'mood' are others now"):
+        run(two, *QUICK, "steps=12", resume="auto")

@@ -1,11 +1,11 @@
 # make demo    install, generate the demo corpus, train three tasks on two processes
-# make test    install, then ruff, mypy and pytest
+# make test    install, then ruff, mypy and pytest; test-fast leaves out what takes long
 # make setup   the install alone; does nothing the second time
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-fast lint clean
 
 setup: .venv/installed
 
@@ -27,6 +27,9 @@ lint: setup
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-fast: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --ignore=tests/slurm
 
 clean:
 	rm -rf .venv data/demo runs/demo

@@ -13,10 +13,11 @@ import os
 import platform
 import re
 import shutil
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from pydantic import Field, PositiveInt
 from safetensors import SafetensorError, safe_open
@@ -159,25 +160,35 @@ class RunLock:
     def __init__(self) -> None:
         self.file: TextIO | None = None
 
-    def take(self, folder: Path) -> None:
-        """Takes the run folder, or says who has it."""
+    def take(self, folder: Path, patience_s: float = 0) -> None:
+        """Takes the run folder, or says who has it; over a network a dead machine's lock lasts a while."""
         with refusing(f"output_dir: cannot write {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / LOCK).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise UserError(f"output_dir: {holder} is training in {folder}; choose another folder") from error
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(1)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise UserError(f"output_dir: {holder} is training in {folder}; choose another folder") from None
+            except OSError:  # a file system that knows no locks
+                break
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         self.file = file
 
-    def release(self) -> None:
-        """Lets others in."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.file is not None:
             self.file.close()
 

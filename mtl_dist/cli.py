@@ -4,6 +4,7 @@ Whatever the user got wrong is one line on standard error and exit code 2.
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that the screen has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse gives up on positional arguments behind an option; overrides may stand there all the same.

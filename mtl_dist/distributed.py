@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -55,7 +55,9 @@ def processes(config: DistributedConfig, precision: Precision | None) -> Iterato
         accelerator.free_memory()
         gc.collect()
         accelerator.end_training()
-        AcceleratorState._reset_state(reset_partial_state=True)  # so that a later run may be of another precision
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # so that a later one, if alone, may be of another precision
 
 
 def start(config: DistributedConfig, precision: Precision | None) -> Accelerator:
@@ -140,6 +142,8 @@ def _deepspeed_plugin(precision: Precision | None) -> DeepSpeedPlugin:
     for offload in ("offload_optimizer", "offload_param"):
         if zero.get(offload, {}).get("device", "none") != "none":
             raise UserError(f"DeepSpeed's zero_optimization.{offload} is not supported; leave it out")
+    if zero.get("round_robin_gradients"):  # it keeps parameters elsewhere than it says
+        raise UserError("DeepSpeed's zero_optimization.round_robin_gradients is not supported; leave it out")
     for key, ours in DEEPSPEED_KEYS.items():
         if config.get(key, "auto") not in ("auto", 0, *([1] if key == "gradient_accumulation_steps" else [])):
             raise UserError(
@@ -274,7 +278,14 @@ class Stops:
         # On the CPU, where asking does not wait for the GPU.
         on_gpus = accelerator.device.type == "cuda" and not self.alone
         self.group = torch.distributed.new_group(backend="gloo") if on_gpus else None
+
+    def __enter__(self) -> Self:
         self.before = {each: signal.signal(each, self._hear) for each in (signal.SIGUSR1, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
 
     def _hear(self, number: int, frame: object) -> None:
         self.heard = max(self.heard, number)
@@ -286,11 +297,6 @@ class Stops:
         heard = torch.tensor(self.heard)
         torch.distributed.all_reduce(heard, op=torch.distributed.ReduceOp.MAX, group=self.group)
         return signal.Signals(int(heard)) if heard else None
-
-    def close(self) -> None:
-        """Leaves the signals to those who had them before."""
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
 
 
 def refuse_differences(accelerator: Accelerator, mine: Mapping[str, Any]) -> None:

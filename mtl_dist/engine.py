@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from mtl_dist.distributed import autocast
+from mtl_dist.distributed import autocast, precision_of
 from mtl_dist.surgery.rows import Layout, Replicated, Rows, Scattered, Sharded
 from mtl_dist.zero import Partitioned, averaged_parts, forget, places
 
@@ -244,7 +244,7 @@ class Zero(Split[M]):
         dist.all_reduce(square)
         norm = math.sqrt(square) / self.loss_scale
         # In fp16 DeepSpeed finds out by itself; else it would step.
-        if math.isfinite(norm) or self.loss_scale != 1:
+        if math.isfinite(norm) or precision_of(self.accelerator) == "fp16":
             self.model.step()
         return Stepped(norm, skipped=not math.isfinite(norm) or zero.overflow)
 

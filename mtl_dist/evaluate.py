@@ -121,8 +121,8 @@ def write_predictions(path: Path, task: TaskConfig, split: Split, predictions: N
 @contextmanager
 def best_of(config: Experiment, folder: Path) -> Iterator[tuple[Accelerator, MultiTaskModel, Tokenizer]]:
     """A run's best model, ready to predict on all processes."""
-    # How many processes there must be was said of the training.
-    wanted = config.distributed.model_copy(update={"processes": None})
+    # How many processes there must be, and on what, was said of the training.
+    wanted = config.distributed.model_copy(update={"processes": None, "device": "auto"})
     with processes(wanted, config.precision) as accelerator:
         model, tokenizer = first_then_others(accelerator, lambda: load_model(folder / BEST, config.tasks))
         yield accelerator, model.to(accelerator.device), tokenizer

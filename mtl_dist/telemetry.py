@@ -59,8 +59,8 @@ class StepReport:
     tokens_per_second: float
     seconds_per_step: float
     data_wait: float  # share of the time in which the model waited for its next batches
-    gradient_norm: float | None  # before clipping; None where nothing is clipped
-    skipped_steps: int  # steps that fp16's loss scaling left out, since the start
+    gradient_norm: float  # of the last step, before clipping
+    skipped_steps: int  # left out since the start: an overflow in fp16, or a gradient that was no number
     surgery: dict[str, Any] | None = None  # how far the tasks' gradients agreed, on average over the steps
 
     def as_record(self) -> dict[str, Any]:

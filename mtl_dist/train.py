@@ -74,14 +74,13 @@ def train(config: Experiment, overwrite: bool = False, resume: str = "never", al
 
     Returns the best model's scores; all else is in `config.output_dir`. `resume` is never, auto or a path.
     """
-    with processes(config.distributed, config.precision) as accelerator:
-        stops, lock = Stops(accelerator), RunLock()
-        try:
-            with lost_ranks():
-                return _train(accelerator, config, overwrite, resume, allow_changes, stops, lock)
-        finally:
-            lock.release()
-            stops.close()
+    with (
+        processes(config.distributed, config.precision) as accelerator,
+        Stops(accelerator) as stops,
+        RunLock() as lock,
+        lost_ranks(),
+    ):
+        return _train(accelerator, config, overwrite, resume, allow_changes, stops, lock)
 
 
 def _train(
@@ -107,7 +106,7 @@ def _train(
     resumed = first_then_others(
         accelerator, lambda: checkpoint_to_resume(resume, now, config.output_dir, allow_changes, console.print)
     )
-    on_one(accelerator, lambda: lock.take(config.output_dir))
+    on_one(accelerator, lambda: lock.take(config.output_dir, patience_s=120 if resume == "auto" else 0))
     on_one(accelerator, lambda: start_run_folder(config, splits, overwrite or resume == "auto", resumed))
 
     console.print(data_table(splits))
@@ -126,6 +125,8 @@ def _train(
         console.print(f"going on after step {done:,} of {resumed.path}", highlight=False)
         if (table := changes(resumed, now)) is not None:
             console.print(table)
+        if done >= total_steps and resumed.state["scored"]:
+            console.print("the run is finished: nothing is left to train")
     recorder = Recorder(config.output_dir, config.log.tensorboard, done) if accelerator.is_main_process else None
     if recorder and resumed is None:
         recorder.text("config", dump(config))
@@ -148,6 +149,8 @@ def _train(
             engine = start_engine(accelerator, model, optimizer, stage.gradients.clip_norm, reached)
             most_tasks = stage.mixer.most_tasks(len(stage.tasks))
             gradients = Gradients(engine, stage.gradients, most_tasks, (config.seed, stage.number))
+            if gradients.rows is None and (stage.gradients.operates or stage.gradients.measure):
+                screen.line("the tasks share nothing that is trained: there are no gradients to combine or to measure")
             meter.start_clock()
             if resumed is not None and start > 0:
                 engine.restore(moments_of(resumed, "moments"))
@@ -249,10 +252,12 @@ def build_model(config: Experiment, tokenizer: Tokenizer, device_type: str) -> M
     model = MultiTaskModel(build_encoder(config.encoder, tokenizer), config.tasks)
     for stage in config.all_stages():
         stage_optimizer(model, stage, device_type)
-        if not groups_of(
-            [name for name, _ in model.named_parameters() if name.startswith("encoder.")], stage.gradients
-        ):
-            raise UserError(f"{stage.label}gradients.match matches no shared parameter: '{stage.gradients.match}'")
+        reached = {name for task in stage.tasks for name, p in model.reached_by(task) if p.requires_grad}
+        shared = [name for name in reached if name.startswith("encoder.")]
+        if shared and not groups_of(shared, stage.gradients):
+            raise UserError(
+                f"{stage.label}gradients.match matches no shared parameter that is trained: '{stage.gradients.match}'"
+            )
     return model
 
 

@@ -66,7 +66,11 @@ def places(zero: Any) -> dict[nn.Parameter, Place]:
 
 
 def forget(zero: Any) -> None:
-    """Clears the averaged gradients. Stage 3 would else apply those of a head that went unused again and again."""
+    """Clears the averaged gradients.
+
+    Stage 3 would else apply those of a head that went unused again and again; stages 1 and 2 would add one task's to
+    the next one's, where they add up in another precision than the model's.
+    """
     if hasattr(zero, "grad_partitions_flat_buffer"):
         zero.grad_partitions_flat_buffer.zero_()
     else:

@@ -107,6 +107,7 @@ def test_what_is_not_there_is_refused(
             None,
             "offload_param is not supported",
         ),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, None, "round_robin_gradients is not"),
         ({"optimizer": {"type": "Adam"}}, None, "optimizer is given in its config; remove it there, and set optim in"),
         ({"scheduler": {"type": "WarmupLR"}}, None, r"and set optim\.schedule in the experiment"),
         ({"gradient_clipping": 1.0}, None, r"and set gradients\.clip_norm in the experiment"),

@@ -16,6 +16,8 @@ from mtl_dist.train import train
 from tests.distributed import on_ranks
 from tests.training import far_apart, go_on_until, run
 
+pytestmark = pytest.mark.slow
+
 PCGRAD = "gradients.combiner={kind: pcgrad}"
 QUICK = ["log.tensorboard=false", "log.every_steps=3", "steps=12", "evaluate.every_steps=4"]
 

@@ -40,7 +40,7 @@ REPORT = StepReport(
     tokens_per_second=12345.6,
     seconds_per_step=0.5,
     data_wait=0.01,
-    gradient_norm=None,
+    gradient_norm=1.5,
     skipped_steps=0,
 )
 MAIN = {"sst": ("accuracy", 0.5), "a-task-with-a-long-name": ("pearson", None)}
@@ -81,7 +81,7 @@ def test_every_record_is_a_line_of_json_and_a_scalar(tmp_path: Path) -> None:
         20,
         {"sst": 1.25, "a-task-with-a-long-name": None},
     )
-    assert "gradient_norm" not in train
+    assert train["gradient_norm"] == 1.5
     assert dev["tasks"] == SCORES["tasks"]
 
     scalars, images, events = tensorboard(tmp_path)

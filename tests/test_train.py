@@ -138,9 +138,7 @@ def test_a_frozen_encoder_stays_as_it_was(tiny: Path) -> None:
 def test_a_run_folder_is_not_overwritten_by_accident(tiny: Path) -> None:
     experiment = load(Experiment, tiny, ["steps=1"])
     train(experiment)
-    with pytest.raises(
-        UserError, match="holds a run; go on with it by --resume auto, replace"
-    ):
+    with pytest.raises(UserError, match="holds a run; go on with it by --resume auto, replace"):
         train(experiment)
     train(experiment, overwrite=True)
     with pytest.raises(UserError, match="matches no parameter"):  # found before the old run is gone
@@ -164,9 +162,7 @@ def test_a_folder_that_is_no_run_is_never_emptied(tiny: Path) -> None:
 
 
 def test_losses_that_stay_no_numbers_end_the_run(tiny: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"step 11: the loss of task '\w+' is no number at .*, 10 steps in a row"
-    ):
+    with pytest.raises(UserError, match=r"step 11: the loss of task '\w+' is no number at .*, 10 steps in a row"):
         run(tiny, "optim.lr=1e30", "gradients.clip_norm=null", "steps=20")
 
 

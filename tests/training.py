@@ -22,6 +22,7 @@ from mtl_dist.model.weights import build_encoder
 from mtl_dist.tokenizer import load_tokenizer
 from mtl_dist.train import load_data, train
 
+ROOT = Path(__file__).parents[1]
 NO_DROPOUT = [
     "encoder.dropout=0",
     "encoder.attention_dropout=0",
@@ -55,15 +56,20 @@ ENGINES = {
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "Layer",
     },
     **{
-        f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+        f"zero{stage}": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "ds_configs" / f"zero{stage}.json"),
+        }
         for stage in (1, 2, 3)
     },
 }  # and what the launcher says to have them
 
 
 def run_under(engine: str, config: Path, *overrides: str, resume: str | None = None) -> dict[str, Any]:
-    """Trains on this rank as `accelerate launch` would have it."""
+    """Trains on this rank as `accelerate launch` would have it, but in fp32 where nothing else is asked for."""
     os.environ |= ENGINES[engine]
+    if not any(override.startswith("precision=") for override in overrides):
+        overrides += ("precision=fp32",)
     return run(config, *overrides, resume=resume)
 
 
@@ -86,7 +92,8 @@ def go_on_until(stop_after: int | None, engine: str, config: Path, *overrides: s
 def far_apart(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest difference between two parameters, where the largest parameters are about 1."""
     assert actual.keys() == expected.keys()
-    return max((actual[name] - value).abs().max().item() for name, value in expected.items())
+    differences = [(actual[name] - value).abs().max() for name, value in expected.items()]
+    return torch.stack(differences).max().item()  # NaN where any of them is
 
 
 def written_out(config: Path, *overrides: str) -> dict[str, Tensor]:

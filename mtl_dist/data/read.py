@@ -296,7 +296,8 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[Row]:
             batches = table.iter_batches(PARQUET_BATCH_ROWS, columns=columns)
             for line, fields in enumerate((fields for batch in batches for fields in batch.to_pylist()), start=1):
                 yield Row(line, fields)
-        except (pa.ArrowException, OSError, ValueError) as error:  # Arrow reports a broken file as any of these
+        # Arrow reports a broken file as any of these, and Python a date that it cannot have.
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise UserError(f"cannot read {path}: {_one_line(error)}") from error
 
 

@@ -37,8 +37,7 @@ class GramCombiner(Config):
         """How often each task's gradient goes into the combined one, in fp64 on the CPU.
 
         The tasks are those of this step, in the matrix's order. One alone has weight 1. Where the matrix is not finite
-        (fp16 overflowed) the weights are NaN, so that the combined gradient is not finite either, and `state` is left
-        as it was.
+        (fp16 overflowed) the weights are NaN, so that the combined gradient is not finite either, and `state` stays.
         """
         gram_TT = gram_TT.detach().to("cpu", torch.float64)
         if not gram_TT.isfinite().all():
@@ -85,13 +84,14 @@ def pcgrad(gram_TT: Tensor, generator: torch.Generator) -> Tensor:
     Row i of `mix_TT` is task i's gradient as coefficients over the raw ones, so a projection costs T numbers and no
     communication.
     """
-    mix_TT = torch.eye(len(gram_TT), dtype=gram_TT.dtype)
+    gram = gram_TT.numpy()  # whose small products take a sixth of torch's time
+    mix_TT = np.eye(len(gram))
     for i, mix_T in enumerate(mix_TT):
-        for j in torch.randperm(len(gram_TT), generator=generator).tolist():
-            overlap = mix_T @ gram_TT[:, j]
-            if j != i and overlap < 0 < gram_TT[j, j]:
-                mix_T[j] -= overlap / gram_TT[j, j]
-    return mix_TT.sum(dim=0)
+        for j in torch.randperm(len(gram), generator=generator).tolist():
+            overlap = mix_T @ gram[:, j]
+            if j != i and overlap < 0 < gram[j, j]:
+                mix_T[j] -= overlap / gram[j, j]
+    return torch.from_numpy(mix_TT.sum(0))
 
 
 class PCGrad(GramCombiner):

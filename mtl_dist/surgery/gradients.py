@@ -13,7 +13,6 @@ any number of ranks computes what one would compute with the whole global batch.
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from math import isfinite
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -99,8 +98,8 @@ class Gradients:
         """Begins a step of the stage, with so many rows of each of its tasks on all ranks together."""
         self.step = step
         self.rows_drawn = rows_drawn
-        self.operates = step % self.config.every == 0
-        self.filled = self.rows if self.operates or self.config.measure else None
+        self.operates_now = self.config.operates and step % self.config.every == 0
+        self.filled = self.rows if self.operates_now or self.config.measure else None
         self.engine.start(rows_drawn)
         if self.filled is not None:
             self.filled.start()
@@ -139,8 +138,7 @@ class Gradients:
         if isinstance(self.config.combiner, LossCombiner):
             sums = self.accelerator.reduce(torch.stack(list(self.loss_sums.values()))).tolist()
             losses = {task: s / n for (task, n), s in zip(self.rows_drawn.items(), sums, strict=True)}
-            if all(map(isfinite, losses.values())):
-                self.config.combiner.observe(losses, self.state.setdefault("losses", {}))
+            self.config.combiner.observe(losses, self.state.setdefault("losses", {}))
         if self.filled is None:
             return None
         grams_SKK = self.filled.grams()
@@ -158,7 +156,9 @@ class Gradients:
     def _weights(self, grams_SKK: Tensor, tasks: list[str]) -> Tensor:
         """How often each task's gradient of each shared parameter goes into the combined one: the same on all ranks."""
         weights_SK = grams_SKK.new_ones(grams_SKK.shape[:2])
-        if self.operates and isinstance(self.config.combiner, GramCombiner) and self.accelerator.is_main_process:
+        if not self.operates_now:
+            return weights_SK
+        if isinstance(self.config.combiner, GramCombiner) and self.accelerator.is_main_process:
             seed = np.random.SeedSequence((*self.seed, self.step)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(seed[0]) % 2**63)
             for group, members in self.groups.items():

@@ -22,6 +22,9 @@ from tests.surgery.test_training import LAST, PCGRAD
 from tests.training import far_apart, run, run_under
 
 
+pytestmark = pytest.mark.slow
+
+
 def poisoned(task: str, calls: list[int], engine: str, config: Path, *overrides: str) -> dict[str, Any]:
     """Trains; on the last rank, these forward passes of a task come out as NaN."""
     made = 0

@@ -17,14 +17,20 @@ from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD, last_records, written_out
 from tests.training import ENGINES, far_apart, run, run_under
 
+pytestmark = pytest.mark.slow
+
 SPLIT = [engine for engine in ENGINES if engine != "ddp"]
-UNIFORM = ["gradients.clip_norm=null", "gradients.accumulation=3", "mixer={kind: uniform}"]
+UNIFORM = ["gradients.accumulation=3", "mixer={kind: uniform}"]
 # Weight decay on every parameter would move whatever has a gradient, were it zero.
 ALL_DECAY = ["optim.weight_decay=0.5", "optim.rules=[{match: '.*'}]"]
 
 
 @pytest.mark.parametrize("engine", SPLIT)
-@pytest.mark.parametrize(("world", "changes"), [(2, []), (4, UNIFORM)], ids=["joint, clipped", "uniform, accumulated"])
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [(2, ["gradients.clip_norm=null"]), (4, UNIFORM)],
+    ids=["joint", "uniform, accumulated, clipped"],
+)
 def test_pcgrad_is_algorithm_1(tiny: Path, engine: str, world: int, changes: list[str]) -> None:
     overrides = [*LAST, "steps=20", PCGRAD, *changes]
     expected = written_out(tiny, *overrides)
@@ -95,12 +101,14 @@ def test_stages_and_scores(tiny: Path, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bf16_on_ranks_is_as_near_to_one_as_bf16_is_to_fp32(tiny: Path, engine: str) -> None:
-    overrides = [*LAST, PCGRAD, "steps=20"]
+    # Of all methods this one goes farthest from the sum: farther than bf16 rounds.
+    overrides = [*LAST, "gradients.combiner={kind: mgda}", "steps=20"]
     exact = run(tiny, *overrides)["parameters"]
     (alone,) = on_ranks(1, run_under, engine, tiny, *overrides, "precision=bf16")
     rounding = far_apart(alone["parameters"], exact)
     for rank in on_ranks(2, run_under, engine, tiny, *overrides, "precision=bf16"):
         assert 1e-5 < far_apart(rank["parameters"], alone["parameters"]) < 1.5 * rounding < 0.01
+    assert far_apart(run(tiny, *LAST, "steps=20")["parameters"], exact) > 0.015
 
 
 def many_tasks(config: Path, number: int) -> Path:

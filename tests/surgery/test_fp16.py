@@ -21,6 +21,8 @@ from tests.surgery.test_training import LAST, PCGRAD, last_records
 from tests.training import far_apart, run
 
 FP16 = ["precision=fp16", "log.every_steps=1"]
+pytestmark = pytest.mark.slow
+
 SCALE = 2.0**10
 
 
@@ -51,12 +53,14 @@ def run_in_fp16(config: Path, overflows: list[int], *overrides: str) -> dict[str
 @pytest.mark.parametrize("reduce", ["all_reduce", "reduce_scatter"])
 def test_fp16_is_close_to_fp32(tiny: Path, reduce: str) -> None:
     overrides = [*LAST, PCGRAD, f"gradients.reduce={reduce}", "steps=20"]
-    exact = run(tiny, *overrides)["parameters"]
+    exact = run(tiny, *overrides, "log.every_steps=1")["parameters"]
+    norms = last_records(tiny)[-1]["surgery"]["norm"]
     ranks = on_ranks(2, run_in_fp16, tiny, [], *overrides, *FP16)
     assert far_apart(ranks[0]["parameters"], ranks[1]["parameters"]) == 0
     assert 1e-7 < far_apart(ranks[0]["parameters"], exact) < 1e-3
     assert set(ranks[0]["scales"]) == {SCALE}
     assert last_records(tiny)[-1]["skipped_steps"] == 0
+    assert last_records(tiny)[-1]["surgery"]["norm"] == pytest.approx(norms, rel=0.05)  # without the scale
 
 
 @pytest.mark.parametrize(

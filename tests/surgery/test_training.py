@@ -111,6 +111,12 @@ def test_pcgrad_is_algorithm_1(tiny: Path, changes: list[str]) -> None:
     assert far_apart(run(tiny, *overrides, "gradients.combiner={kind: sum}")["parameters"], expected) > 1e-4
 
 
+def test_long_parameters_are_multiplied_in_chunks(tiny: Path) -> None:
+    whole = run(tiny, *LAST, PCGRAD)["parameters"]
+    with patch("mtl_dist.surgery.rows.CHUNK", 100):
+        assert far_apart(run(tiny, *LAST, PCGRAD)["parameters"], whole) < 1e-7
+
+
 def last_records(config: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (config.parent / "run" / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["kind"] == "train"]
@@ -174,8 +180,13 @@ def test_the_scope_of_surgery(tiny: Path) -> None:
         scope: run(tiny, *LAST, "steps=6", PCGRAD, f"gradients.{scope}")["parameters"]
         for scope in ("scope=shared", "scope=layers", "match=layers.1")
     }
-    with pytest.raises(UserError, match=r"^gradients\.match matches no shared parameter: 'heads'$"):
+    with pytest.raises(UserError, match=r"^gradients\.match matches no shared parameter that is trained: 'heads'$"):
         run(tiny, *LAST, PCGRAD, "gradients.match=heads")
+    frozen = "optim.rules=[{match: embeddings, freeze: true}, {match: .*}]"
+    with pytest.raises(
+        UserError, match=r"^gradients\.match matches no shared parameter that is trained: 'embeddings'$"
+    ):
+        run(tiny, *LAST, PCGRAD, frozen, "gradients.match=embeddings")
     assert far_apart(runs["scope=shared"], runs["scope=layers"]) > 1e-5
     # Seen after one step, before one part moves the gradients of the other.
     one = run(tiny, *LAST, "steps=1", PCGRAD, "gradients.match=layers.1", "gradients.clip_norm=null")["parameters"]

@@ -1,0 +1,209 @@
+"""What becomes of jobs: every event of the table in docs/slurm.md, on a real SLURM cluster of two nodes.
+
+python -m pytest tests/slurm
+"""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import write_experiment
+from tests.slurm.cluster import Job, cut, mend, preempt, records, steps_done, submit, tool
+
+STEPS = 240
+PCGRAD = "gradients.combiner={kind: pcgrad}"
+# Steps are reported one by one, so that a test knows where a run is. A checkpoint can only come from a stop.
+TRAINING = ["precision=fp32", "log={every_steps: 1, tensorboard: false}", "checkpoint.every_steps=1000"]
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder that is not there yet; the log of its job stands beside it."""
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_experiment(tmp_path_factory.mktemp("experiment"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: None, experiment: Path) -> Path:
+    """The folder of a run on two nodes that nothing happened to."""
+    run = experiment.parent / "undisturbed"
+    train(experiment, run).must_complete()
+    return run
+
+
+def train(experiment: Path, run: Path, *overrides: str, **options: Any) -> Job:
+    command = [str(experiment), f"output_dir={run}", f"steps={STEPS}", PCGRAD, *TRAINING, *overrides]
+    return submit(run.with_suffix(".log"), *command, **options)
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*") if not path.name.endswith(".tmp"))
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Both ended with the same bits: weights and moments, the best model, and every loss and score on the way."""
+    assert checkpoints(run)[-1] == checkpoints(other)[-1] == f"step-{STEPS:08d}"
+    for file in (f"checkpoints/step-{STEPS:08d}/tensors.safetensors", "best/heads.safetensors"):
+        assert (run / file).read_bytes() == (other / file).read_bytes(), file
+    assert [timeless(record) for record in records(run)] == [timeless(record) for record in records(other)]
+
+
+def timeless(record: dict[str, Any]) -> dict[str, Any]:
+    clocked = {"time", "tokens_per_second", "seconds_per_step", "data_wait"}
+    return {key: value for key, value in record.items() if key not in clocked}
+
+
+def reach(job: Job, run: Path, step: int) -> None:
+    job.wait_until(f"at step {step}", lambda: steps_done(run) >= step or job.facts["JobState"] == "FAILED")
+    assert step <= steps_done(run) < STEPS - 50, f"too late to disturb it: {job.log[-4000:]}"
+
+
+def test_two_nodes_train_as_one(undisturbed: Path) -> None:
+    log = undisturbed.with_suffix(".log").read_text()
+    assert "2 process(es) on node[1-2]" in log
+    assert "2 processes on CPU, 1 thread(s) each, DDP, fp32" in log
+    trained = [record for record in records(undisturbed) if record["kind"] == "train"]
+    assert [record["step"] for record in trained] == list(range(1, STEPS + 1))
+    assert all("surgery" in record for record in trained)
+
+
+def test_a_finished_run_shows_its_results_again(experiment: Path, undisturbed: Path) -> None:
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    job = train(experiment, undisturbed)
+    job.must_complete()
+    again = job.log.rpartition("start 1")[2]
+    assert f"going on after step {STEPS} of " in again
+    assert f"best of {STEPS} steps was " in again
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_stopped_by_the_time_limit_and_preempted_it_ends_as_if_nothing_had_been(
+    experiment: Path, undisturbed: Path, run: Path
+) -> None:
+    job = train(experiment, run)
+    reach(job, run, 10)
+    # As SLURM does it a while before the time limit, because of --signal=B:USR1@300.
+    tool("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_until("requeued", lambda: job.facts["Restarts"] == "1")
+    (saved,) = checkpoints(run)
+    assert 10 <= int(saved.removeprefix("step-")) < STEPS
+
+    reach(job, run, int(saved.removeprefix("step-")) + 10)
+    preempt()
+    job.must_complete(restarts=2)
+    assert job.log.count("saved; goes on when it is its turn again") == 2
+    assert_same(run, undisturbed)
+
+
+def test_requeued_by_hand_it_goes_on_and_cancelled_it_stays_away(experiment: Path, run: Path) -> None:
+    job = train(experiment, run)
+    reach(job, run, 10)
+    tool("scontrol", "requeue", job.number)
+    job.wait_until("started again", lambda: "going on after step" in job.log)
+    (saved,) = checkpoints(run)
+
+    reach(job, run, int(saved.removeprefix("step-")) + 10)
+    tool("scancel", job.number)
+    job.wait_until("cleared away", lambda: job.facts["JobState"] == "CANCELLED")  # CANCELLED only after COMPLETING
+    assert checkpoints(run)[0] == saved and len(checkpoints(run)) == 2
+    assert job.facts["Restarts"] == "1"
+    assert "goes on when it is its turn" not in job.log
+
+
+def test_a_killed_process_ends_the_job_at_once(experiment: Path, run: Path) -> None:
+    job = train(experiment, run)
+    reach(job, run, 10)
+    (process,) = processes(job, rank=1)
+    os.kill(process, signal.SIGKILL)
+    killed = time.monotonic()
+    facts = job.end()
+    assert time.monotonic() - killed < 30
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
+    assert checkpoints(run) == []
+
+
+def processes(job: Job, rank: int) -> list[int]:
+    """The pid of one of a job's processes, once it is there; all nodes are on this machine."""
+    wanted = {f"SLURM_JOB_ID={job.number}", f"RANK={rank}"}
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if wanted <= environment_of(path)]
+
+
+def environment_of(process: Path) -> set[str]:
+    try:
+        return set((process / "environ").read_text(errors="replace").split("\0"))
+    except OSError:  # it has ended, or is not ours
+        return set()
+
+
+def test_when_a_node_dies_the_job_waits_for_it_and_goes_on(experiment: Path, undisturbed: Path, run: Path) -> None:
+    job = train(experiment, run, "checkpoint.every_steps=10")
+    reach(job, run, 35)
+    cut("node2")
+    try:
+        job.wait_until("requeued", lambda: job.facts["Restarts"] == "1")
+    finally:
+        mend("node2")
+    job.must_complete(restarts=1)
+    assert re.search(r"going on after step [1-9]\d*0 ", job.log)
+    assert_same(run, undisturbed)
+
+
+def test_tasks_of_an_array_train_the_lines_of_a_list(experiment: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study.txt"
+    lines = ["# what is compared", f"{experiment} output_dir={tmp_path}/plain steps=2", ""]
+    lines += [f'{experiment} output_dir={tmp_path}/pcgrad steps={STEPS} "{PCGRAD}"']
+    study.write_text("\n".join(lines) + "\n")
+    options = ["--array=0-2", str(study), *TRAINING]
+    array = submit(tmp_path / "%a.log", *options, script="array_study", nodes=1)
+    beyond, plain, pcgrad = (Job(f"{array.number}_{i}", tmp_path / f"{i}.log") for i in range(3))
+    assert beyond.end()["ExitCode"] == "2:0"
+    assert "has no line 0" in beyond.log
+    plain.must_complete()
+    assert "surgery" not in records(tmp_path / "plain")[0]
+
+    # The number of an array's last task is that of the array; to requeue it by that would run all tasks again.
+    reach(pcgrad, tmp_path / "pcgrad", 10)
+    tool("scancel", "--batch", "--signal=USR1", pcgrad.number)
+    pcgrad.must_complete(restarts=1)
+    assert "surgery" in records(tmp_path / "pcgrad")[0]
+    plain.must_complete()
+    assert "1 process(es) on node" in plain.log and plain.log.count("start 1") == 1
+
+
+def test_zero2_on_two_nodes_is_stopped_and_goes_on(experiment: Path, run: Path) -> None:
+    pytest.importorskip("deepspeed")
+    job = train(experiment, run, CONFIG="accelerate_configs/deepspeed_zero2.yaml")
+    job.wait_until("starting", lambda: bool(processes(job, rank=0)))
+    tool("scancel", "--batch", "--signal=USR1", job.number)  # while Python still imports
+    job.must_complete(restarts=1)
+    assert job.log.count("2 processes on CPU, 1 thread(s) each, ZeRO-2, fp32") == 2
+    assert [r["step"] for r in records(run) if r["kind"] == "train"] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where GPUs cannot be used")
+def test_gpus_that_cannot_be_used_are_an_error(experiment: Path, run: Path) -> None:
+    job = train(experiment, run, nodes=1, gpus=2)
+    facts = job.end()
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
+    assert "2 process(es) on node" in job.log
+    assert "distributed.device is 'cuda', but torch finds no CUDA device here" in job.log
+
+
+def test_a_mistake_ends_the_job_before_anything_starts(tmp_path: Path) -> None:
+    for command, answer in (([], "which experiment?"), (["configs/nothing.yaml"], "there is no configs/nothing.yaml")):
+        job = submit(tmp_path / "log", *command)
+        assert job.end()["ExitCode"] == "2:0"
+        assert answer in job.log
+        assert "start 1" not in job.log

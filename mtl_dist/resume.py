@@ -164,7 +164,9 @@ class Saver:
         for name, moments in engine.moments():
             for key, value in moments.items():
                 self._keep(tensors, f"moments/{name}/{key}", value)
-        if self.accelerator.is_main_process:
+        if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
+            self.tell(f"step {done}: not saved, because {bad} is infinite or NaN; lower optim.lr")
+        elif self.accelerator.is_main_process:
             state = {"stage": stage, "step": step, "scored": scored, "combiner": combiner, "scaling": engine.scaling()}
             state |= progress
             self._tell(self.writer.write(Snapshot(done, state, tensors, self.now)))

@@ -14,13 +14,14 @@ from unittest.mock import patch
 import pytest
 from torch import Tensor
 
+from mtl_dist.checkpoint import all_in
 from mtl_dist.config import UserError, load
+from mtl_dist.engine import Engine, Stepped
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD
 from tests.training import far_apart, run, run_under
-
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +100,21 @@ def test_the_run_ends_where_it_was_told_to_or_after_too_many(tiny: Path) -> None
     # Now and then is not in a row; and nothing that was saved is poisoned.
     kept = poisoned("mood", [4, 6, 8, 10, 12], "ddp", tiny, *LAST, "steps=14", "gradients.most_nonfinite=2")["kept"]
     assert all(p.isfinite().all() for p in kept.values())
+
+
+def test_poisoned_weights_are_not_saved(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = Engine.step
+
+    def poisoning(engine: Engine[Any]) -> Stepped:
+        stepped = step(engine)
+        if engine.optimizer.state and next(iter(engine.optimizer.state.values()))["step"] == 3:
+            next(engine.module.parameters()).data.fill_(float("nan"))
+        return stepped
+
+    with patch.object(Engine, "step", poisoning):
+        refused(run, tiny, *LAST, "steps=20", "checkpoint.every_steps=2", "checkpoint.keep=9")
+    assert [path.name for path in all_in(tiny.parent / "run" / "checkpoints")] == ["step-00000002"]
+    assert "step 4: not saved, because weights/encoder." in capsys.readouterr().out
 
 
 def run_its_own(config: Path, *overrides: str) -> str:

@@ -102,15 +102,22 @@ def start(config: DistributedConfig, precision: Precision | None) -> Accelerator
     if cpu and (deepspeed or fsdp):
         _let_accelerate_use_cpus(timeout)
 
-    accelerator = Accelerator(
-        **options,
-        mixed_precision=mixed,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(backend="gloo" if cpu and (world > 1 or deepspeed) else None, timeout=timeout),
-            # A step's last micro-batch uses one task's head only.
-            DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            **options,
+            mixed_precision=mixed,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(backend="gloo" if cpu and (world > 1 or deepspeed) else None, timeout=timeout),
+                # A step's last micro-batch uses one task's head only.
+                DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
+            ],
+        )
+    except torch.distributed.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the processes cannot meet at {where}: {str(error).splitlines()[0]}; give them another port by "
+            "--main_process_port or MASTER_PORT"
+        ) from error
     assert accelerator.num_processes == world, f"{world} processes were asked for, {accelerator.num_processes} came"
     assert accelerator.device.type == ("cpu" if cpu else "cuda")
     expected = [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]

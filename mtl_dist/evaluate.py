@@ -111,7 +111,7 @@ def write_predictions(path: Path, task: TaskConfig, split: Split, predictions: N
         if path.suffix != ".jsonl":
             file.write("id, Predicted_Label\n")
         for row, value in enumerate(predictions):
-            name, label = split.id(row), shown(task, value)
+            name, label = " ".join(split.id(row).split()), shown(task, value)  # a line break would make two lines
             if path.suffix == ".jsonl":
                 file.write(json.dumps({"id": name, "line": split.line(row), "prediction": label}) + "\n")
             else:

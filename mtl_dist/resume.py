@@ -36,6 +36,11 @@ def about(accelerator: Accelerator, config: Experiment, train: Mapping[str, Spli
     }
 
 
+def what_must_not_differ(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What the ranks of a run must agree on, or a run and its checkpoint."""
+    return {**about, "config": {key: value for key, value in about["config"].items() if key not in FREE}}
+
+
 def checkpoint_to_resume(
     resume: str, now: Mapping[str, Any], folder: Path, allow_changes: bool, warn: Callable[[str], object]
 ) -> Checkpoint | None:
@@ -82,12 +87,9 @@ def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
 
 def changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> Table | None:
     """What differs between the run that was saved and the one that goes on."""
-    found = [
-        (key, before, after)
-        for part in ("ranks", "engine", "precision", "config")
-        for key, before, after in differences({part: checkpoint.about[part]}, {part: now[part]})
-        if key.removeprefix("config.").partition(".")[0] not in FREE
-    ]
+    parts = ("ranks", "engine", "precision", "config")
+    then, today = ({part: what_must_not_differ(each)[part] for part in parts} for each in (checkpoint.about, now))
+    found = differences(then, today)
     if not found:
         return None
     table = plain_table("changed since", "then", "now", texts=("changed since", "then", "now"))

@@ -25,7 +25,7 @@ from mtl_dist.checkpoint import CHECKPOINTS, LOCK, Checkpoint, RunLock, all_in
 from mtl_dist.config import CONFIG_FILE, UserError, dump, refusing
 from mtl_dist.data.batches import RowStream, TrainBatches, TrainRows, prefetched
 from mtl_dist.data.mixer import Draw, Order
-from mtl_dist.data.prepare import Split
+from mtl_dist.data.prepare import Split, train_rows_in_dev
 from mtl_dist.data.read import place
 from mtl_dist.distributed import (
     Stops,
@@ -46,7 +46,15 @@ from mtl_dist.meter import Faults, Meter
 from mtl_dist.model.multitask import BEST, MultiTaskModel, drafts, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
-from mtl_dist.resume import Saver, about, changes, checkpoint_to_resume, load_weights, moments_of
+from mtl_dist.resume import (
+    Saver,
+    about,
+    changes,
+    checkpoint_to_resume,
+    load_weights,
+    moments_of,
+    what_must_not_differ,
+)
 from mtl_dist.surgery.gradients import Gradients, groups_of
 from mtl_dist.telemetry import (
     METRICS,
@@ -102,7 +110,7 @@ def _train(
     orders = [stage.order(rows, config.seed) for stage in stages]
     model = first_then_others(accelerator, lambda: build_model(config, tokenizer, device.type))
     now = about(accelerator, config, splits["train"])
-    refuse_differences(accelerator, now)
+    refuse_differences(accelerator, what_must_not_differ(now))
     resumed = first_then_others(
         accelerator, lambda: checkpoint_to_resume(resume, now, config.output_dir, allow_changes, console.print)
     )
@@ -110,6 +118,8 @@ def _train(
     on_one(accelerator, lambda: start_run_folder(config, splits, overwrite or resume == "auto", resumed))
 
     console.print(data_table(splits))
+    for line in train_rows_in_dev(splits["train"], splits["dev"]):
+        console.print(line, highlight=False, markup=False)
     parameters = sum(p.numel() for p in model.parameters())
     total_steps = sum(order.steps for order in orders)
     console.print(f"{parameters:,} parameters, {total_steps:,} steps, {describe(accelerator)}", highlight=False)

@@ -182,6 +182,7 @@ BROKEN = {
     "no [SEP]": ({"vocab.txt": "[CLS]\nthe\n"}, "the tokenizer cannot be read"),
     "config not JSON": ({"vocab.txt": "[SEP]\n", "tokenizer_config.json": "{"}, "cannot be read as JSON"),
     "config no object": ({"vocab.txt": "[SEP]\n", "tokenizer_config.json": "[]"}, "holds no JSON object"),
+    "nested too deeply": ({"vocab.txt": "[SEP]\n", "tokenizer_config.json": "[" * 100_000}, "cannot be read as JSON"),
     "not UTF-8": ({"vocab.txt": "[SEP]\n", "tokenizer_config.json": "\udcff"}, "cannot be read as JSON"),
 }
 

@@ -1,5 +1,6 @@
 """What happened between two reports of a run, counted as it trains; what follows from gradients that are no numbers."""
 
+import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -156,6 +157,22 @@ class Meter:
         )
         self.restart()
         return report
+
+
+@contextmanager
+def enough_memory(batch: Batch, step: int) -> Iterator[None]:
+    """Ends this rank with one line where a micro-batch takes more memory than there is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        raise SystemExit(
+            f"rank {rank}: out of memory in step {step}, in a micro-batch of task '{batch.task}' with "
+            f"{len(batch.rows)} rows and {batch.packed.num_tokens:,} tokens; set gradients.max_tokens below "
+            "that, or raise gradients.accumulation, or set encoder.activation_checkpointing"
+        ) from error
 
 
 class Faults:

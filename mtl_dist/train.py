@@ -42,7 +42,7 @@ from mtl_dist.distributed import (
 from mtl_dist.engine import start_engine
 from mtl_dist.evaluate import Scores, deciding_score, main_scores, score_all
 from mtl_dist.experiment import Experiment, Stage
-from mtl_dist.meter import Faults, Meter
+from mtl_dist.meter import Faults, Meter, enough_memory
 from mtl_dist.model.multitask import BEST, MultiTaskModel, drafts, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
@@ -187,7 +187,8 @@ def _train(
                     scale = task.weight * loss_weight[name] * world / rows_averaged[name]
                     with gradients.of_task(name):
                         for batch in batches_of_task:
-                            with gradients.micro_batch(last=batch is batches_of_task[-1]):
+                            last = batch is batches_of_task[-1]
+                            with enough_memory(batch, done + 1), gradients.micro_batch(last):
                                 raw_NO = engine.forward(name, batch.packed)
                                 loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
                                 engine.backward(loss_N.sum() * scale)

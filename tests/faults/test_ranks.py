@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from torch import Tensor
 
 from mtl_dist.checkpoint import all_in
@@ -160,6 +161,25 @@ def test_a_rank_that_hangs_is_ended_and_shows_where(tiny: Path) -> None:
     assert "rank 1 ended with exit code 1" in text
     assert "Timeout (0:00:06)!" in text
     assert "in failing" in text  # the line where it slept
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_says_where_and_what_to_lower(tiny: Path, error: RuntimeError) -> None:
+    forward = MultiTaskModel.forward
+
+    def too_large(model: MultiTaskModel, name: str, *inputs: Any) -> Tensor:
+        if name == "same":
+            raise error
+        return forward(model, name, *inputs)
+
+    with patch.object(MultiTaskModel, "forward", too_large), pytest.raises(SystemExit) as end:
+        run(tiny, *LAST)
+    assert str(end.value).startswith(
+        "rank 0: out of memory in step 1, in a micro-batch of task 'same' with 9 rows and "
+    )
+    assert "gradients.max_tokens" in str(end.value)
 
 
 MOMENTS = {

@@ -7,7 +7,6 @@ runs/mine/checkpoints/step-00000120/
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtl_dist.config import Config, UserError, refusing
+from mtl_dist.config import Config, UserError, refusing, sha256_of
 
 FORMAT = 1
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
@@ -60,7 +59,7 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
         unfinished.mkdir(parents=True)
         save_file(snapshot.tensors, unfinished / TENSORS)
         (unfinished / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
-        files = {name: {"sha256": _digest(unfinished / name), "bytes": _size(unfinished / name)} for name in COVERED}
+        files = {name: {"sha256": sha256_of(unfinished / name), "bytes": _size(unfinished / name)} for name in COVERED}
         manifest = {"format": FORMAT, "step": snapshot.step, "files": files, **snapshot.about}
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for name in (*COVERED, MANIFEST, "."):
@@ -75,11 +74,6 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
 
 
 COVERED = (TENSORS, STATE)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(path: Path) -> int:
@@ -116,7 +110,7 @@ def faults(path: Path) -> list[str]:
                 found.append(f"{name} is missing")
             elif (size := _size(file)) != promised["bytes"]:
                 found.append(f"{name} has {size:,} bytes in the place of {promised['bytes']:,}")
-            elif _digest(file) != promised["sha256"]:
+            elif sha256_of(file) != promised["sha256"]:
                 found.append(f"{name} is damaged: its SHA-256 is another")
         strangers = {file.name for file in path.iterdir()} - {MANIFEST, *COVERED}
         return found + [f"{name} is not in {MANIFEST}" for name in sorted(strangers)]
@@ -127,11 +121,9 @@ def faults(path: Path) -> list[str]:
 
 
 class Checkpoint:
-    """A whole checkpoint, opened."""
+    """A checkpoint in which no `faults` were found, opened."""
 
     def __init__(self, path: Path) -> None:
-        if wrong := faults(path):
-            raise UserError(f"{path}: {wrong[0]}")
         self.path = path
         self.about: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         self.state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -142,6 +134,13 @@ class Checkpoint:
         with safe_open(self.path / TENSORS, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(f"{kind}/")]  # noqa: SIM118 - it is no mapping
             return {name.removeprefix(f"{kind}/"): file.get_tensor(name) for name in names}
+
+
+def opened(path: Path) -> Checkpoint:
+    """The checkpoint at a path, if it is whole."""
+    if wrong := faults(path):
+        raise UserError(f"{path}: {wrong[0]}")
+    return Checkpoint(path)
 
 
 def last_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -55,9 +55,8 @@ def processes(config: DistributedConfig, precision: Precision | None) -> Iterato
         accelerator.free_memory()
         gc.collect()
         accelerator.end_training()
-        AcceleratorState._reset_state(
-            reset_partial_state=True
-        )  # so that a later one, if alone, may be of another precision
+        # So that a later one, if alone, may be of another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def start(config: DistributedConfig, precision: Precision | None) -> Accelerator:

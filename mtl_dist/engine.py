@@ -98,21 +98,15 @@ class Engine(ABC, Generic[M]):
 
     def restore(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Makes the optimizer go on with what `moments` once gave."""
-        for parameter, state, group in self._restored(moments):
-            on_device = group.get("fused", False)
-            self.optimizer.state[parameter] = {
-                key: value.to(parameter.device if on_device else "cpu") if key == "step" else _like(parameter, value)
-                for key, value in state.items()
-            }
-
-    def _restored(
-        self, moments: Mapping[str, Mapping[str, Tensor]]
-    ) -> Iterator[tuple[nn.Parameter, Mapping[str, Tensor], dict[str, Any]]]:
-        """The parameters that have moments, with these and their groups."""
-        groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
-        for name, parameter in self.module.named_parameters():
-            if name in moments and parameter in groups:
-                yield parameter, moments[name], groups[parameter]
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if (state := moments.get(names[parameter])) is not None:
+                    steps_on = parameter.device if group.get("fused", False) else "cpu"
+                    self.optimizer.state[parameter] = {
+                        key: value.to(steps_on) if key == "step" else _like(parameter, value)
+                        for key, value in state.items()
+                    }
 
     def scaling(self) -> dict[str, Any]:
         """How fp16 losses are scaled."""
@@ -231,7 +225,7 @@ class Zero(Split[M]):
         self.model.backward(loss)  # accelerator.backward would step as well
 
     def rows(self, layout: Layout, scatter: bool) -> Rows:
-        return Partitioned(layout, self.model.optimizer)
+        return Partitioned(layout, self.model.optimizer, self.places)
 
     @property
     def loss_scale(self) -> float:

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mtl_dist
-from mtl_dist.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, Snapshot, Writer, all_in, last_whole
+from mtl_dist.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, Snapshot, Writer, all_in, last_whole, opened
 from mtl_dist.config import UserError, differences
 from mtl_dist.data.prepare import Split
 from mtl_dist.distributed import engine_name, precision_of
@@ -64,7 +64,7 @@ def _last(folder: Path, warn: Callable[[str], object]) -> Checkpoint | None:
 
 def _at(path: Path, warn: Callable[[str], object]) -> Checkpoint:
     if (path / MANIFEST).exists():
-        return Checkpoint(path)
+        return opened(path)
     folder = path if all_in(path) else path / CHECKPOINTS
     checkpoint = _last(folder, warn)
     if checkpoint is None:

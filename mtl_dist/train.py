@@ -192,7 +192,7 @@ def _train(
                                 raw_NO = engine.forward(name, batch.packed)
                                 loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
                                 engine.backward(loss_N.sum() * scale)
-                            gradients.add_loss(name, loss_N.detach().sum())
+                            gradients.add_losses(name, loss_N)
                             meter.micro_batch(batch, loss_N)
                 meter.conflict(gradients.combine())
                 stepped = engine.step()

@@ -7,7 +7,7 @@ All that touches DeepSpeed's internals is here; the tests against one process gu
 
 # Shape suffixes: as in surgery/rows.py.
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,11 +96,10 @@ def averaged_parts(zero: Any) -> dict[nn.Parameter, Tensor]:
 class Partitioned(Rows):
     """The rows of tasks under ZeRO: read after each task, and their combination written once, before the step."""
 
-    def __init__(self, layout: Layout, zero: Any) -> None:
+    def __init__(self, layout: Layout, zero: Any, places: Mapping[nn.Parameter, Place]) -> None:
         super().__init__(layout)
         self.zero = zero
-        found = places(zero)
-        self._allocate(found[p].inside.stop - found[p].inside.start for p in layout.shared)
+        self._allocate(places[p].inside.stop - places[p].inside.start for p in layout.shared)
         self.own_parts: dict[nn.Parameter, Tensor] = {}
 
     def start(self) -> None:

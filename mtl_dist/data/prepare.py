@@ -27,7 +27,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mtl_dist.config import UserError
+from mtl_dist.config import UserError, sha256_of
 from mtl_dist.data.read import BadRow, File, Source, fingerprint, name_of, place, read_rows
 from mtl_dist.tasks import Example, TaskConfig
 from mtl_dist.tokenizer import Encoded, encode, encode_in_worker, start_worker
@@ -179,11 +179,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _sums(folder: Path) -> bytes:
-    lines = []
-    for name in (ROWS, REJECTED, META):
-        with (folder / name).open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
-    return "".join(lines).encode()
+    return "".join(f"{sha256_of(folder / name)}  {name}\n" for name in (ROWS, REJECTED, META)).encode()
 
 
 def _key(task: TaskConfig, source: Source, rows: str, tokenizer: Tokenizer, max_length: int, labelled: bool) -> str:

@@ -2,7 +2,7 @@
 
     with gradients.of_task("sst"):
         with gradients.micro_batch(last): ... forward, backward ...
-    conflict = gradients.combine(step)
+    conflict = gradients.combine()
 
 Average first, then combine: every task's gradient is the mean over all ranks before its inner products are formed, so
 any number of ranks computes what one would compute with the whole global batch.
@@ -112,10 +112,10 @@ class Gradients:
             return dict.fromkeys(self.rows_drawn, 1.0)
         return self.config.combiner.loss_weights(list(self.rows_drawn), self.state.setdefault("losses", {}))
 
-    def add_loss(self, task: str, loss_sum: Tensor) -> None:
+    def add_losses(self, task: str, loss_N: Tensor) -> None:
         """Notes the losses of a micro-batch, before any weight."""
         if isinstance(self.config.combiner, LossCombiner):
-            self.loss_sums[task] += loss_sum
+            self.loss_sums[task] += loss_N.detach().sum()
 
     def of_task(self, task: str) -> AbstractContextManager[None]:
         """Around all micro-batches of a task; once in a step, in the order of the step's tasks."""

@@ -63,10 +63,14 @@ class Rows(ABC):
 
     def _allocate(self, elements: Iterable[int]) -> None:
         """Makes the rows, of so many elements of each shared parameter."""
-        ends = [0, *accumulate(elements)]
+        ends, width = self._held([0, *accumulate(elements)])
         self.slices = [slice(start, stop) for start, stop in pairwise(ends)]
         device = self.layout.shared[0].device
-        self.rows_KN = torch.zeros(self.layout.most_tasks, ends[-1], dtype=self.layout.dtype, device=device)
+        self.rows_KN = torch.zeros(self.layout.most_tasks, width, dtype=self.layout.dtype, device=device)
+
+    def _held(self, ends: list[int]) -> tuple[list[int], int]:
+        """Where the parameters end in what this rank holds of a row, and how long that is."""
+        return ends, ends[-1]
 
     def start(self) -> None:
         """Begins a step."""
@@ -205,15 +209,11 @@ class Scattered(Replicated):
         self.buffers = [self.rows_KN.new_zeros(self._width()) for _ in range(2)]
         self.on_the_way: list[dist.Work | None] = [None, None]
 
-    def _allocate(self, elements: Iterable[int]) -> None:
-        ends = [0, *accumulate(elements)]
+    def _held(self, ends: list[int]) -> tuple[list[int], int]:
         width = -(-ends[-1] // self.world)
         first = self.rank * width
         # Columns before this rank's first one are empty slices at its start, those behind its last at its end.
-        held = [min(max(end - first, 0), width) for end in ends]
-        self.slices = [slice(start, stop) for start, stop in pairwise(held)]
-        device = self.layout.shared[0].device
-        self.rows_KN = torch.zeros(self.layout.most_tasks, width, dtype=self.layout.dtype, device=device)
+        return [min(max(end - first, 0), width) for end in ends], width
 
     def _width(self) -> int:
         return self.rows_KN.shape[1] * self.world

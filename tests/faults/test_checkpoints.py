@@ -54,8 +54,8 @@ def die_after(moment: int, folder: Path) -> None:
 
         return called
 
-    checkpoint._sync, checkpoint._digest, checkpoint.save_file = map(
-        dying, (checkpoint._sync, checkpoint._digest, checkpoint.save_file)
+    checkpoint._sync, checkpoint.sha256_of, checkpoint.save_file = map(
+        dying, (checkpoint._sync, checkpoint.sha256_of, checkpoint.save_file)
     )
     Path.mkdir, Path.rename, Path.write_text = map(dying, (Path.mkdir, Path.rename, Path.write_text))  # type: ignore[method-assign]
     write(folder, snapshot(2))

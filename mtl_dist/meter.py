@@ -1,10 +1,12 @@
-"""What happened between two reports of a run, counted as it trains; what follows from gradients that are no numbers."""
+"""What happened between two reports of a run, counted as it trains; what follows from losses that are no numbers."""
 
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -24,9 +26,12 @@ from mtl_dist.telemetry import Recorder, Screen, StepReport
 
 T = TypeVar("T")
 
+# A loss is a spike so many standard deviations above the mean of about the last OF_LATE steps of its task.
+SPIKE, OF_LATE, FIRST_STEPS = 6, 100, 50
+
 
 class Meter:
-    """Adds up what happened since the last report; waits for the device only when a report is due."""
+    """Adds up what happened since the last report, on all ranks together."""
 
     def __init__(self, accelerator: Accelerator, sizes: dict[str, int]) -> None:
         self.accelerator = accelerator
@@ -36,13 +41,12 @@ class Meter:
         self.restart()
 
     def state(self) -> dict[str, Any]:
-        """What was counted so far, by all ranks together; every rank must ask for it."""
-        *loss_sums, tokens = self._of_all_ranks()
+        """What was counted so far, the same on all ranks."""
         return {
             "draws": self.draws,
             "skipped": self.skipped,
-            "loss_sums": dict(zip(self.sizes, loss_sums, strict=True)),
-            "tokens": tokens,
+            "loss_sums": self.loss_sums,
+            "tokens": self.tokens,
             "new_draws": self.new_draws,
             "steps": self.steps,
             "waited": self.waited,
@@ -52,15 +56,12 @@ class Meter:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on counting from there."""
-        self.draws |= {task: draws for task, draws in state["draws"].items() if task in self.draws}
-        self.new_draws |= {task: draws for task, draws in state["new_draws"].items() if task in self.draws}
-        self.skipped, self.steps, self.waited = state["skipped"], state["steps"], state["waited"]
-        self.seconds = state["seconds"]
+        for name in ("draws", "new_draws", "loss_sums"):
+            counted = getattr(self, name)
+            counted |= {task: value for task, value in state[name].items() if task in counted}
+        self.skipped, self.steps, self.tokens = state["skipped"], state["steps"], state["tokens"]
+        self.waited, self.seconds = state["waited"], state["seconds"]
         self.conflicts = [Conflict.from_dict(conflict) for conflict in state["conflicts"]]
-        if self.accelerator.is_main_process:  # or the sum over the ranks would have it several times
-            self.tokens = state["tokens"]
-            for task in self.sizes:
-                self.loss_sums[task] += state["loss_sums"].get(task, 0)
 
     def start_clock(self) -> None:
         """Begins to measure the time of a stage's steps."""
@@ -68,21 +69,24 @@ class Meter:
 
     def restart(self) -> None:
         """Begins to count anew."""
-        self.loss_sums = {task: torch.zeros((), device=self.accelerator.device) for task in self.sizes}
+        self.loss_sums = dict.fromkeys(self.sizes, 0.0)  # of the draws' mean losses
         self.new_draws = dict.fromkeys(self.sizes, 0)
         self.tokens = 0
         self.steps = 0
         self.waited = 0.0
         self.norm = 0.0
-        self.of_step: list[tuple[Batch, Tensor]] = []  # this rank's micro-batches, and the losses of their rows
         self.conflicts = list[Conflict]()
         self.seconds = 0.0  # before the clock was started
         self.start_clock()
 
+    def start(self, draws: Iterable[str]) -> None:
+        """Begins a step that draws these tasks."""
+        self.drawn = Counter(draws)
+        self.of_step: list[tuple[Batch, Tensor]] = []  # this rank's micro-batches, and the losses of their rows
+
     def micro_batch(self, batch: Batch, loss_N: Tensor) -> None:
-        """Counts a micro-batch of this rank."""
+        """Counts a micro-batch of this rank, and its losses before any weight."""
         self.of_step.append((batch, loss_N.detach()))
-        self.tokens += batch.packed.num_tokens
 
     def conflict(self, conflict: Conflict | None) -> None:
         """Notes how far the task gradients of a step agreed, where that is known."""
@@ -101,31 +105,38 @@ class Meter:
             self.waited += time.perf_counter() - start
             yield item
 
-    def step(self, draws: Iterable[str], stepped: Stepped, dropped: Collection[str]) -> None:
-        """Counts a step of all ranks; losses that did not go into it do not enter the means."""
+    def step(self, stepped: Stepped, dropped: Collection[str]) -> dict[str, float]:
+        """Counts the step of all ranks; the mean loss of each of its tasks."""
+        sums = {task: torch.zeros((), device=self.accelerator.device) for task in self.drawn}
+        for batch, loss_N in self.of_step:
+            sums[batch.task] += loss_N.sum()
+        tokens_here = torch.tensor(
+            sum(batch.packed.num_tokens for batch, _ in self.of_step), device=self.accelerator.device
+        )
+        *totals, tokens = self.accelerator.reduce(torch.stack([*sums.values(), tokens_here])).tolist()
+        losses = {task: s / (n * self.sizes[task]) for (task, n), s in zip(self.drawn.items(), totals, strict=True)}
+        self.tokens += round(tokens)
         self.steps += 1
         self.norm = stepped.norm
         self.skipped += stepped.skipped
         if not stepped.skipped:
-            for task in draws:
-                self.new_draws[task] += task not in dropped
-            for batch, loss_N in self.of_step:
-                if batch.task not in dropped:
-                    self.loss_sums[batch.task] += loss_N.sum()
-        self.of_step.clear()
+            for task, draws in self.drawn.items():
+                if task not in dropped:  # what did not go into the step does not enter the means
+                    self.new_draws[task] += draws
+                    self.loss_sums[task] += draws * losses[task]
+        return losses
 
-    def rows_without_a_loss(self) -> dict[str, list[int]]:
-        """The rows of the step at hand, on this rank, whose losses are infinite or NaN, by their tasks."""
-        rows: dict[str, list[int]] = {}
-        for batch, loss_N in self.of_step:
-            bad = batch.rows[~loss_N.isfinite().cpu().numpy()]
-            if len(bad):
-                rows.setdefault(batch.task, []).extend(bad.tolist())
-        return rows
-
-    def _of_all_ranks(self) -> list[float]:
-        here = torch.stack([*self.loss_sums.values(), torch.tensor(self.tokens, device=self.accelerator.device)])
-        return self.accelerator.reduce(here).tolist()  # type: ignore[no-any-return]
+    def losses_of_rows(self, tasks: Collection[str]) -> dict[str, list[tuple[float, int]]]:
+        """The losses of the rows that some tasks had in the step, and these rows; every rank must ask for them."""
+        here = [
+            (batch.task, list(zip(loss_N.tolist(), batch.rows.tolist(), strict=True)))
+            for batch, loss_N in self.of_step
+            if batch.task in tasks
+        ]
+        found: dict[str, list[tuple[float, int]]] = {task: [] for task in tasks}
+        for task, rows in gather_object(here):
+            found[task] += rows
+        return found
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -135,20 +146,18 @@ class Meter:
         self.since += time.perf_counter() - start
 
     def report(self, stage: str, step: int, optimizer: Optimizer) -> StepReport:
-        """The report of the steps since the last one; every rank must ask for it."""
-        *loss_sums, tokens = self._of_all_ranks()
+        """The report of the steps since the last one."""
         seconds = time.perf_counter() - self.since
         for task, new in self.new_draws.items():
             self.draws[task] += new
-        drawn = {task: new * self.sizes[task] for task, new in self.new_draws.items()}
         report = StepReport(
             step=step,
             stage=stage,
-            loss={task: s / drawn[task] for task, s in zip(self.sizes, loss_sums, strict=True) if drawn[task]},
+            loss={task: self.loss_sums[task] / new for task, new in self.new_draws.items() if new},
             draws=dict(self.draws),
             examples={task: draws * self.sizes[task] for task, draws in self.draws.items()},
             lr={group["name"]: group["lr"] for group in optimizer.param_groups},
-            tokens_per_second=tokens / seconds,
+            tokens_per_second=self.tokens / seconds,
             seconds_per_step=seconds / self.steps,
             data_wait=self.waited / seconds,
             gradient_norm=self.norm,
@@ -175,8 +184,33 @@ def enough_memory(batch: Batch, step: int) -> Iterator[None]:
         ) from error
 
 
+@dataclass
+class Usual:
+    """What a task's loss has been like of late."""
+
+    steps: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    @property
+    def most(self) -> float:
+        """What a loss must exceed to be a spike."""
+        return self.mean + SPIKE * math.sqrt(self.variance) if self.steps >= FIRST_STEPS else math.inf
+
+    def learn(self, loss: float) -> None:
+        """Takes the loss of another step into account, and forgets what is long ago."""
+        self.steps += 1
+        share = 1 / min(self.steps, OF_LATE)
+        away = loss - self.mean
+        self.mean += share * away
+        self.variance = (1 - share) * (self.variance + share * away**2)
+
+
 class Faults:
-    """Says where gradients came from that are no numbers, and ends the run when there are too many of them."""
+    """Says from which rows gradients came that are no numbers, or losses that are far from usual.
+
+    Ends the run where it was told to, or when there are too many steps in a row whose gradients are no numbers.
+    """
 
     def __init__(
         self,
@@ -192,21 +226,35 @@ class Faults:
         self.screen = screen
         self.recorder = recorder
         self.in_a_row = 0
+        self.usual = {task: Usual() for task in splits}
 
-    def after(self, done: int, stage: Stage, stepped: Stepped, dropped: set[str]) -> None:
+    def state(self) -> dict[str, Any]:
+        """What was seen so far, the same on all ranks."""
+        return {"in_a_row": self.in_a_row, "usual": {task: asdict(usual) for task, usual in self.usual.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self.in_a_row = state["in_a_row"]
+        self.usual |= {task: Usual(**usual) for task, usual in state["usual"].items() if task in self.usual}
+
+    def after(self, done: int, stage: Stage, stepped: Stepped, dropped: set[str], losses: Mapping[str, float]) -> None:
         """Looks at a step; every rank finds the same."""
-        if not (stepped.skipped or dropped):
+        if stepped.skipped or dropped:
+            self._no_number(done, stage, dropped, [task for task, loss in losses.items() if not math.isfinite(loss)])
+        else:
             self.in_a_row = 0
-            return
-        rows: dict[str, list[int]] = {}
-        for of_rank in gather_object([self.meter.rows_without_a_loss()]):
-            for task, found in of_rank.items():
-                rows.setdefault(task, []).extend(found)
-        if self.accelerator.scaler is not None and not (rows or dropped):
+        finite = {task: loss for task, loss in losses.items() if math.isfinite(loss)}
+        self._spikes(done, stage, {task: loss for task, loss in finite.items() if loss > self.usual[task].most})
+        for task, loss in finite.items():
+            self.usual[task].learn(loss)
+
+    def _no_number(self, done: int, stage: Stage, dropped: set[str], tasks: list[str]) -> None:
+        if self.accelerator.scaler is not None and not (tasks or dropped):
             return  # an overflow, for which fp16's losses are scaled
         self.in_a_row += 1
+        rows = self.meter.losses_of_rows(tasks) if tasks else {}
         places = {
-            task: [place(self.splits[task].source, self.splits[task].line(row)) for row in sorted(found)]
+            task: self._places(task, sorted(row for loss, row in found if not math.isfinite(loss)))
             for task, found in rows.items()
         }
         where = "; ".join(
@@ -220,3 +268,23 @@ class Faults:
         self.screen.line(f"{what}; {'left out: ' + ', '.join(sorted(dropped)) if dropped else 'the step is left out'}")
         if self.recorder:
             self.recorder.record(done, "fault", {"stage": stage.name, "rows": places, "dropped": sorted(dropped)})
+
+    def _spikes(self, done: int, stage: Stage, spikes: Mapping[str, float]) -> None:
+        if not spikes:
+            return
+        places = {}
+        for task, found in self.meter.losses_of_rows(spikes).items():
+            highest = sorted(found, reverse=True)[:3]
+            places[task] = self._places(task, [row for _, row in highest])
+            at = ", ".join(f"{place} ({loss:.3g})" for (loss, _), place in zip(highest, places[task], strict=True))
+            self.screen.line(
+                f"step {done}: the loss of task '{task}' is {spikes[task]:.3g}, {self.usual[task].mean:.3g} of late; "
+                f"highest at {at}"
+            )
+        if self.recorder:
+            usual = {task: self.usual[task].mean for task in spikes}
+            self.recorder.record(done, "spike", {"stage": stage.name, "loss": spikes, "usual": usual, "rows": places})
+
+    def _places(self, task: str, rows: Iterable[int]) -> list[str]:
+        split = self.splits[task]
+        return [place(split.source, split.line(row)) for row in rows]

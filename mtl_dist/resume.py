@@ -130,7 +130,7 @@ class Saver:
         progress: Callable[[], dict[str, Any]],
         tell: Callable[[str], object],
     ) -> None:
-        """`progress` says what the run has counted and scored; every rank must ask for it."""
+        """`progress` says what the run has counted and scored."""
         self.accelerator = accelerator
         self.config = config.checkpoint
         self.now = now
@@ -156,7 +156,6 @@ class Saver:
         `position` is the stage and how many steps of it are done; `scored` says that its last scores are known.
         """
         stage, step = position
-        progress = self.progress()
         tensors: dict[str, Tensor] = {}
         with engine.whole() as whole:
             for name, parameter in whole.named_parameters():
@@ -170,7 +169,7 @@ class Saver:
             self.tell(f"step {done}: not saved, because {bad} is infinite or NaN; lower optim.lr")
         elif self.accelerator.is_main_process:
             state = {"stage": stage, "step": step, "scored": scored, "combiner": combiner, "scaling": engine.scaling()}
-            state |= progress
+            state |= self.progress()
             self._tell(self.writer.write(Snapshot(done, state, tensors, self.now)))
 
     def _keep(self, tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:

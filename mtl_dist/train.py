@@ -143,8 +143,16 @@ def _train(
     stop: signal.Signals | None = None
     with Screen(list(config.tasks), total_steps, console) as screen:
         judge = Judge(accelerator, config, splits["dev"], tokenizer, screen, recorder, resumed)
-        saver = Saver(accelerator, config, now, lambda: judge.state() | {"meter": meter.state()}, screen.line)
         faults = Faults(accelerator, meter, splits["train"], screen, recorder)
+        if resumed is not None:
+            faults.load(resumed.state["faults"])
+        saver = Saver(
+            accelerator,
+            config,
+            now,
+            lambda: {**judge.state(), "meter": meter.state(), "faults": faults.state()},
+            screen.line,
+        )
         watchdog = Watchdog(config.distributed.timeout_s, world)
         for stage, order in zip(stages, orders, strict=True):
             if stage.number < first_stage:
@@ -179,7 +187,8 @@ def _train(
                 rows_averaged = rows_of_mean(stage, draws)
                 micro_batches = [batch.to(device) for batch in micro_batches]
                 by_task = {name: [batch for batch in micro_batches if batch.task == name] for name, _ in draws}
-                gradients.start(step, rows_of_step(stage, draws))
+                meter.start(task for task, _ in draws)
+                gradients.start(step, list(by_task))
                 loss_weight = gradients.loss_weights()
                 for name, batches_of_task in by_task.items():
                     task = stage.tasks[name]
@@ -192,14 +201,14 @@ def _train(
                                 raw_NO = engine.forward(name, batch.packed)
                                 loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
                                 engine.backward(loss_N.sum() * scale)
-                            gradients.add_losses(name, loss_N)
                             meter.micro_batch(batch, loss_N)
                 meter.conflict(gradients.combine())
                 stepped = engine.step()
-                watchdog.rest()
                 done += 1
-                faults.after(done, stage, stepped, gradients.dropped)
-                meter.step([task for task, _ in draws], stepped, gradients.dropped)
+                losses = meter.step(stepped, gradients.dropped)
+                gradients.observe(losses)
+                faults.after(done, stage, stepped, gradients.dropped, losses)
+                watchdog.rest()
 
                 if done % config.log.every_steps == 0 or step + 1 == order.steps:
                     report = meter.report(stage.name, done, optimizer)
@@ -344,14 +353,6 @@ def start_run_folder(config: Experiment, splits: Splits, overwrite: bool, resume
 def is_of(checkpoint: Checkpoint, folder: Path) -> bool:
     """Whether a checkpoint belongs to the run in this folder."""
     return checkpoint.path.resolve().parent == (folder / CHECKPOINTS).resolve()
-
-
-def rows_of_step(stage: Stage, draws: list[Draw]) -> dict[str, int]:
-    """How many rows a step draws of each of its tasks, in the order of their first draws."""
-    rows: dict[str, int] = {}
-    for task, _ in draws:
-        rows[task] = rows.get(task, 0) + stage.tasks[task].batch_size
-    return rows
 
 
 def evaluation_steps(config: Experiment, order: Order) -> Iterator[int]:

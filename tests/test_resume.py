@@ -70,11 +70,7 @@ def test_stopped_and_resumed_is_undisturbed_bit_for_bit(
         assert far_apart(after["parameters"], before["parameters"]) == 0
         assert far_apart(after["kept"], before["kept"]) == 0
         assert after["scores"] == before["scores"]
-    assert [line["step"] for line in told(tiny)] == [line["step"] for line in expected]
-    assert told(tiny)[-1] == expected[-1]
-    assert told(tiny)[-2] == {
-        key: pytest.approx(value, rel=1e-5) if key == "loss" else value for key, value in expected[-2].items()
-    }
+    assert told(tiny) == expected
 
 
 @pytest.mark.parametrize(
@@ -110,12 +106,11 @@ def test_every_step_of_several_stages(tiny: Path) -> None:
     resumed = go_on_until(None, "ddp", tiny, *overrides)
     assert far_apart(resumed["parameters"], whole["parameters"]) == 0
     assert resumed["scores"] == whole["scores"]
-    assert [line["step"] for line in told(tiny)] == [line["step"] for line in expected]
-    assert told(tiny)[-1] == expected[-1]
+    assert told(tiny) == expected
     # Nothing is left to do.
     again = go_on_until(None, "ddp", tiny, *overrides)
     assert again["scores"] == whole["scores"]
-    assert [line["step"] for line in told(tiny)] == [line["step"] for line in expected]
+    assert told(tiny) == expected
 
 
 def test_checkpoints_without_a_stop(tiny: Path) -> None:

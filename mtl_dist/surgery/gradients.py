@@ -94,32 +94,30 @@ class Gradients:
             )
             self.rows = engine.rows(layout, scatter=config.reduce == "reduce_scatter")
 
-    def start(self, step: int, rows_drawn: dict[str, int]) -> None:
-        """Begins a step of the stage, with so many rows of each of its tasks on all ranks together."""
+    def start(self, step: int, tasks: list[str]) -> None:
+        """Begins a step of the stage, which draws these tasks."""
         self.step = step
-        self.rows_drawn = rows_drawn
+        self.tasks = tasks
         self.operates_now = self.config.operates and step % self.config.every == 0
         self.filled = self.rows if self.operates_now or self.config.measure else None
-        self.engine.start(rows_drawn)
+        self.engine.start(tasks)
         if self.filled is not None:
             self.filled.start()
-        if isinstance(self.config.combiner, LossCombiner):
-            self.loss_sums = {task: torch.zeros((), device=self.accelerator.device) for task in rows_drawn}
 
     def loss_weights(self) -> dict[str, float]:
         """What the losses of the step's tasks are multiplied with, besides their own weights."""
         if isinstance(self.config.combiner, GramCombiner):
-            return dict.fromkeys(self.rows_drawn, 1.0)
-        return self.config.combiner.loss_weights(list(self.rows_drawn), self.state.setdefault("losses", {}))
+            return dict.fromkeys(self.tasks, 1.0)
+        return self.config.combiner.loss_weights(self.tasks, self.state.setdefault("losses", {}))
 
-    def add_losses(self, task: str, loss_N: Tensor) -> None:
-        """Notes the losses of a micro-batch, before any weight."""
+    def observe(self, losses: dict[str, float]) -> None:
+        """Learns from the mean losses of the step's tasks, before any weight."""
         if isinstance(self.config.combiner, LossCombiner):
-            self.loss_sums[task] += loss_N.detach().sum()
+            self.config.combiner.observe(losses, self.state.setdefault("losses", {}))
 
     def of_task(self, task: str) -> AbstractContextManager[None]:
         """Around all micro-batches of a task; once in a step, in the order of the step's tasks."""
-        self.is_last_task = task == list(self.rows_drawn)[-1]
+        self.is_last_task = task == self.tasks[-1]
         return nullcontext() if self.filled is None else self.filled.of_task(task)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
@@ -135,10 +133,6 @@ class Gradients:
 
     def combine(self) -> Conflict | None:
         """Leaves the combined gradient in the parameters; says what the tasks' were like, where they are known."""
-        if isinstance(self.config.combiner, LossCombiner):
-            sums = self.accelerator.reduce(torch.stack(list(self.loss_sums.values()))).tolist()
-            losses = {task: s / n for (task, n), s in zip(self.rows_drawn.items(), sums, strict=True)}
-            self.config.combiner.observe(losses, self.state.setdefault("losses", {}))
         if self.filled is None:
             return None
         grams_SKK = self.filled.grams()

@@ -4,6 +4,7 @@ python -m pytest tests/faults/test_ranks.py
 """
 
 import json
+import math
 import os
 import signal
 import time
@@ -22,13 +23,15 @@ from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD
-from tests.training import far_apart, run, run_under
+from tests.training import far_apart, go_on_until, run, run_under
 
 pytestmark = pytest.mark.slow
 
 
-def poisoned(task: str, calls: list[int], engine: str, config: Path, *overrides: str) -> dict[str, Any]:
-    """Trains; on the last rank, these forward passes of a task come out as NaN."""
+def poisoned(
+    task: str, calls: list[int], engine: str, config: Path, *overrides: str, factor: float = math.nan, **options: Any
+) -> dict[str, Any]:
+    """Trains; on the last rank, these forward passes of a task come out as NaN, or multiplied with another factor."""
     made = 0
     forward = MultiTaskModel.forward
 
@@ -37,10 +40,10 @@ def poisoned(task: str, calls: list[int], engine: str, config: Path, *overrides:
         raw = forward(model, name, *inputs)
         made += name == task and model.training
         last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-        return raw * float("nan") if last and name == task and model.training and made in calls else raw
+        return raw * factor if last and name == task and model.training and made in calls else raw
 
     with patch.object(MultiTaskModel, "forward", poisoning):
-        return run_under(engine, config, *overrides)
+        return run_under(engine, config, *overrides, **options)
 
 
 def records(config: Path, kind: str) -> list[dict[str, Any]]:
@@ -101,6 +104,30 @@ def test_the_run_ends_where_it_was_told_to_or_after_too_many(tiny: Path) -> None
     # Now and then is not in a row; and nothing that was saved is poisoned.
     kept = poisoned("mood", [4, 6, 8, 10, 12], "ddp", tiny, *LAST, "steps=14", "gradients.most_nonfinite=2")["kept"]
     assert all(p.isfinite().all() for p in kept.values())
+
+
+def test_a_loss_far_from_usual_is_told_with_its_rows(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steady = [*LAST, "steps=80", "tasks.near.batch_size=6", "log.every_steps=40"]
+    run(tiny, *steady)
+    assert records(tiny, "spike") == []
+    on_ranks(2, poisoned_highly, tiny, *steady)
+    (spike,) = records(tiny, "spike")
+    assert spike["step"] == 71
+    assert spike["loss"]["near"] > 10 * spike["usual"]["near"]
+    # Three rows of this rank's share of the step.
+    assert len(set(spike["rows"]["near"])) == 3
+    # The same after a resume in between, told on the screen as well.
+    (tiny.parent / "run").rename(tiny.parent / "on two")
+    go_on_until(60, "ddp", tiny, *steady)
+    poisoned("near", [11], "ddp", tiny, *steady, factor=20.0, resume="auto")
+    (again,) = records(tiny, "spike")
+    assert again["step"] == 71
+    assert again["usual"]["near"] == pytest.approx(spike["usual"]["near"], rel=1e-4)
+    assert f"of late; highest at {tiny.parent}/near-train.tsv:" in capsys.readouterr().out
+
+
+def poisoned_highly(config: Path, *overrides: str) -> None:
+    poisoned("near", [71], "ddp", config, *overrides, factor=20.0)
 
 
 def test_poisoned_weights_are_not_saved(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,9 @@
 """Checkpoints that survive anything: a folder appears whole or not at all, and nothing in it is ever unpickled.
 
 runs/mine/checkpoints/step-00000120/
-    manifest.json        the format's version, SHA-256 and size of the other files, and what the run was
-    state.json           how far the run is: stage, step, scores, what the combiner remembers
+    state.json           what the run is, and how far: stage, step, scores, what the combiner remembers
     tensors.safetensors  weights and moments, whole and in fp32: any engine goes on with them, on any number of ranks
+    sha256sums           of both, which `sha256sum -c` reads as well
 """
 
 import fcntl
@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtl_dist.config import Config, UserError, refusing, sha256_of
+from mtl_dist.config import Config, UserError, refusing
+from mtl_dist.files import SUMS, damaged, replacing, write_sums
 
 FORMAT = 1
-MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
-CHECKPOINTS, LOCK = "checkpoints", ".lock"  # in the run folder
+STATE, TENSORS = "state.json", "tensors.safetensors"
+COVERED = (STATE, TENSORS)  # by the list of hashes beside them
+CHECKPOINTS, LOCK = "checkpoints", ".mtl_dist.lock"  # in the run folder
 
 
 class CheckpointConfig(Config):
@@ -42,98 +45,77 @@ class CheckpointConfig(Config):
 class Snapshot:
     """A run at the end of a step, copied out of it."""
 
-    step: int
-    state: dict[str, Any]  # what JSON can hold
+    done: int  # steps
+    state: str  # JSON, because training goes on to change what it was made of
     tensors: dict[str, Tensor]
-    about: dict[str, Any]  # what the run is: config, data, ranks; for people, and to compare with
+
+    @classmethod
+    def of(cls, done: int, about: Mapping[str, Any], state: Mapping[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """A snapshot of what JSON can hold, with what the run is: config, data, ranks."""
+        return cls(done, json.dumps({"format": FORMAT, "done": done, "about": about, **state}), tensors)
 
 
 def write(folder: Path, snapshot: Snapshot) -> Path:
     """Puts a checkpoint into the folder of all, or nothing."""
-    path = folder / f"step-{snapshot.step:08d}"
-    if path.exists():  # the same step of the same run
-        return path
-    unfinished = path.with_name(path.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
+    path = folder / f"step-{snapshot.done:08d}"
+    if bad := next((name for name, tensor in snapshot.tensors.items() if not tensor.isfinite().all()), None):
+        raise UserError(f"step {snapshot.done}: not saved, because {bad} is infinite or NaN; lower optim.lr")
+    with replacing(path) as unfinished:
         save_file(snapshot.tensors, unfinished / TENSORS)
-        (unfinished / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
-        files = {name: {"sha256": sha256_of(unfinished / name), "bytes": _size(unfinished / name)} for name in COVERED}
-        manifest = {"format": FORMAT, "step": snapshot.step, "files": files, **snapshot.about}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for name in (*COVERED, MANIFEST, "."):
-            _sync(unfinished / name)
-        unfinished.rename(path)
-        _sync(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write the checkpoint {path}: {reason}") from error
+        (unfinished / STATE).write_text(snapshot.state, encoding="utf-8")
+        write_sums(unfinished, COVERED)
     return path
-
-
-COVERED = (TENSORS, STATE)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def all_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the last one first; whole or not."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    if not folder.is_dir():
+        return []
+    with refusing(f"cannot read {folder}"):
+        found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """After how many steps a checkpoint was saved."""
+    return int(path.name.removeprefix("step-"))
 
 
 def faults(path: Path) -> list[str]:
     """What is wrong with a checkpoint; nothing, if it is whole."""
+    if not (path / SUMS).is_file():
+        return [f"{SUMS} is missing"]
+    if bad := damaged(path, COVERED):
+        return [f"{name} is damaged" if (path / name).exists() else f"{name} is missing" for name in bad]
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["format"], manifest["files"]
-        if version != FORMAT:
-            return [f"is of format {version}, this is format {FORMAT}: use the mtl_dist that wrote it"]
-        if sorted(files) != sorted(COVERED):
-            return [f"{MANIFEST} names other files than {', '.join(COVERED)}"]
-        found = []
-        for name, promised in files.items():
-            file = path / name
-            if file.is_symlink() or not file.is_file():
-                found.append(f"{name} is missing")
-            elif (size := _size(file)) != promised["bytes"]:
-                found.append(f"{name} has {size:,} bytes in the place of {promised['bytes']:,}")
-            elif sha256_of(file) != promised["sha256"]:
-                found.append(f"{name} is damaged: its SHA-256 is another")
-        strangers = {file.name for file in path.iterdir()} - {MANIFEST, *COVERED}
-        return found + [f"{name} is not in {MANIFEST}" for name in sorted(strangers)]
-    except FileNotFoundError:
-        return [f"{MANIFEST} is missing"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST} cannot be read: {type(error).__name__}"]
+        version = json.loads((path / STATE).read_bytes())["format"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{STATE} is not one of mtl_dist"]
+    if version != FORMAT:
+        return [f"is of format {version}, this is format {FORMAT}: use the mtl_dist that wrote it"]
+    return []
 
 
 class Checkpoint:
     """A checkpoint in which no `faults` were found, opened."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.about: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        self.path = path.resolve()
+        self.sums = (path / SUMS).read_bytes()
         self.state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        self.step: int = self.about["step"]
+        self.about: dict[str, Any] = self.state["about"]
+        self.step: int = self.state["done"]
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """The tensors of a kind, such as `weights`, by their names without it."""
-        with safe_open(self.path / TENSORS, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(f"{kind}/")]  # noqa: SIM118 - it is no mapping
-            return {name.removeprefix(f"{kind}/"): file.get_tensor(name) for name in names}
+        try:
+            if (self.path / SUMS).read_bytes() != self.sums:
+                raise UserError(f"{self.path} holds something else here than on rank 0; all nodes must see one folder")
+            with safe_open(self.path / TENSORS, framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith(f"{kind}/")]  # noqa: SIM118 - it is no mapping
+                return {name.removeprefix(f"{kind}/"): file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.path}: cannot be read: {error}") from error
 
 
 def opened(path: Path) -> Checkpoint:
@@ -159,11 +141,12 @@ class RunLock:
     def __init__(self) -> None:
         self.file: TextIO | None = None
 
-    def take(self, folder: Path, patience_s: float = 0) -> None:
+    def take(self, folder: Path, patience_s: float, tell: Callable[[str], object]) -> None:
         """Takes the run folder, or says who has it; over a network a dead machine's lock lasts a while."""
+        path = folder / LOCK
         with refusing(f"output_dir: cannot write {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / LOCK).open("a+", encoding="utf-8")
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+", encoding="utf-8")
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -173,11 +156,11 @@ class RunLock:
                 if time.monotonic() < deadline:
                     time.sleep(1)
                     continue
-                file.seek(0)
                 holder = file.read().strip() or "another process"
                 file.close()
                 raise UserError(f"output_dir: {holder} is training in {folder}; choose another folder") from None
-            except OSError:  # a file system that knows no locks
+            except OSError as error:  # a file system that knows no locks
+                tell(f"{path}: {error.strerror}; nothing keeps a second job out of this folder")
                 break
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -195,37 +178,53 @@ class RunLock:
 class Writer:
     """Writes snapshots, in the background if it is told so: at most one at a time."""
 
-    def __init__(self, folder: Path, keep: int, background: bool) -> None:
+    def __init__(self, folder: Path, keep: int, background: bool, tell: Callable[[str], object]) -> None:
         self.folder = folder
         self.keep = keep
         self.background = background
+        self.tell = tell
+        self.failed: str | None = None  # why the last one could not be written
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[list[str]] | None = None
 
-    def write(self, snapshot: Snapshot) -> list[str]:
-        """Takes a snapshot, after the one before is written; what went wrong since then."""
-        problems = self.finish()
+    def write(self, snapshot: Snapshot) -> None:
+        """Takes a snapshot, after the one before is written."""
+        self.finish()
         self.pending = self.thread.submit(self._write, snapshot)
-        return problems if self.background else problems + self.finish()
+        if not self.background:
+            self.finish()
 
-    def finish(self) -> list[str]:
-        """Waits until all is written."""
+    def finish(self) -> None:
+        """Waits until all is written, and tells what went wrong."""
         pending, self.pending = self.pending, None
-        return [] if pending is None else pending.result()
+        if pending is not None:
+            try:
+                self.failed = None
+                problems = pending.result()
+            except UserError as error:
+                self.failed = str(error)
+                problems = [self.failed]
+            for problem in problems:
+                self.tell(problem)
 
     def _write(self, snapshot: Snapshot) -> list[str]:
-        try:
-            write(self.folder, snapshot)
-        except UserError as error:
-            return [str(error)]
+        write(self.folder, snapshot)
         return self._rotate()
 
     def _rotate(self) -> list[str]:
         """Removes all but the last ones; a disk that refuses is no reason to stop."""
         problems = []
-        for path in [*all_in(self.folder)[self.keep :], *self.folder.glob("*.tmp")]:
+        for path in [
+            *all_in(self.folder)[self.keep :],
+            *self.folder.glob("step-*.tmp"),
+            *self.folder.glob("step-*.old"),
+        ]:
             try:
                 shutil.rmtree(path)
             except OSError as error:
                 problems.append(f"cannot remove {path}: {error.strerror or error}")
         return problems
+
+    def close(self) -> None:
+        """Waits for the thread, whatever has happened: the folder must not change when another job has it."""
+        self.thread.shutdown()

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except UserError as error:
-        if _is_first_rank():  # the others have the same to say
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of this node have the same to say
             print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--allow-changes", action="store_true", help="go on with other tasks or other train rows as well")
 
-    sub = command("verify", _verify, "check that a run's checkpoints are whole")
+    sub = command("verify", _verify, "check that a run's checkpoints and its best model are whole")
     run_folder(sub)
 
     sub = command("plan", _plan, "say what training will draw, send and keep, and how long it takes, before it starts")
@@ -138,15 +138,18 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from mtl_dist.checkpoint import CHECKPOINTS, all_in, faults
+    from mtl_dist.model.multitask import BEST, model_faults
 
-    folder = arguments.run_folder / CHECKPOINTS
-    found = {path: faults(path) for path in all_in(folder)}
+    run = arguments.run_folder
+    found = {path: faults(path) for path in all_in(run / CHECKPOINTS)}
+    if (run / BEST).exists():
+        found[run / BEST] = model_faults(run / BEST)
     if not found:
-        raise UserError(f"{folder}: no checkpoints here")
+        raise UserError(f"{run}: no checkpoints and no best model here")
     for path, wrong in found.items():
         _write(f"{path}: {'; '.join(wrong) or 'whole'}")
     if any(found.values()):
-        raise UserError(f"{folder}: not all checkpoints are whole")
+        raise UserError(f"{run}: not all is whole")
 
 
 def _plan(arguments: argparse.Namespace) -> None:

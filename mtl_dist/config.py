@@ -8,7 +8,6 @@ Unions of models are told apart by a field `kind: Literal[...]`.
 """
 
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,12 +47,6 @@ def refusing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what}: {error.strerror or error}") from error
-
-
-def sha256_of(path: Path) -> str:
-    """The digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _scalars_made_strict(schema: Any) -> Any:

@@ -254,9 +254,10 @@ def first_then_others(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return result
 
 
-def on_one(accelerator: Accelerator, work: Callable[[], object]) -> None:
-    """Runs `work` on one process of all; a UserError stops them all."""
-    _where(accelerator, accelerator.is_main_process, work)
+def on_one(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Runs `work` on one process of all, which tells the others what came of it; a UserError stops them all."""
+    result: T = gather_object(_where(accelerator, accelerator.is_main_process, work))[0]
+    return result
 
 
 def _where(accelerator: Accelerator, here: bool, work: Callable[[], T]) -> list[T]:
@@ -330,19 +331,22 @@ def lost_ranks() -> Iterator[None]:
 
 
 class Watchdog:
-    """Ends a rank whose step takes longer than the others may wait, after showing where all its threads stand."""
+    """Ends a rank that stands still for longer than the others may wait, after showing where all its threads are."""
 
     def __init__(self, timeout_s: float, world: int) -> None:
         self.timeout_s = timeout_s if world > 1 else None
 
+    def __enter__(self) -> Self:
+        self.watch()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
     def watch(self) -> None:
-        """Begins a step."""
+        """Says that this rank goes on."""
         if self.timeout_s is not None:
             faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=2)
-
-    def rest(self) -> None:
-        """Ends it."""
-        faulthandler.cancel_dump_traceback_later()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

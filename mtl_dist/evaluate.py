@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,7 +30,13 @@ Scores = dict[str, Any]
 
 @torch.no_grad()
 def predict(
-    accelerator: Accelerator, model: MultiTaskModel, name: str, task: TaskConfig, split: Split, max_tokens: int
+    accelerator: Accelerator,
+    model: MultiTaskModel,
+    name: str,
+    task: TaskConfig,
+    split: Split,
+    max_tokens: int,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> NDArray[np.float64]:
     """The prediction for each row of a split, in their order, on every rank."""
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -38,6 +44,7 @@ def predict(
     model.eval()
     predictions = np.full(len(split), np.nan)
     for batch in eval_batches(name, split, np.arange(rank, len(split), world), max_tokens):
+        on_batch()
         with autocast(accelerator):
             raw_NO = model(name, batch.packed.to(accelerator.device))
         predictions[batch.rows] = task.loss.predict(raw_NO, task.label).double().cpu().numpy()
@@ -54,11 +61,12 @@ def score_all(
     tasks: Mapping[str, TaskConfig],
     splits: Mapping[str, Split],
     max_tokens: int,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Scores:
     """Every metric of every task that has a split, and both overall scores."""
     scores: Scores = {"tasks": {}}
     for name, split in splits.items():
-        predictions = predict(accelerator, model, name, tasks[name], split, max_tokens)
+        predictions = predict(accelerator, model, name, tasks[name], split, max_tokens, on_batch)
         scores["tasks"][name] = score(tasks[name], split, predictions)
     return scores | (metrics.overall(main_scores(tasks, scores)) if splits else {})
 

@@ -2,26 +2,27 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from accelerate import Accelerator
 from rich.table import Table
 from torch import Tensor, nn
 
 import mtl_dist
-from mtl_dist.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, Snapshot, Writer, all_in, last_whole, opened
+from mtl_dist.checkpoint import CHECKPOINTS, COVERED, Checkpoint, Snapshot, Writer, all_in, last_whole, opened
 from mtl_dist.config import UserError, differences
 from mtl_dist.data.prepare import Split
 from mtl_dist.distributed import engine_name, precision_of
 from mtl_dist.engine import Engine
 from mtl_dist.experiment import Experiment
-from mtl_dist.model.multitask import MultiTaskModel
+from mtl_dist.model.multitask import BEST, MultiTaskModel
 from mtl_dist.telemetry import plain_table
 
-# Where a run is and how it is watched may change without a word.
-FREE = ("output_dir", "data_dir", "cache_dir", "checkpoint", "log", "distributed")
+# What may change without a word: between the ranks of a run, and between a run and what goes on with it.
+OF_A_NODE = {"data_dir", "cache_dir", "output_dir"}
+OF_A_START = {*OF_A_NODE, "checkpoint", "log", "distributed"}
 
 
 def about(accelerator: Accelerator, config: Experiment, train: Mapping[str, Split]) -> dict[str, Any]:
@@ -36,9 +37,9 @@ def about(accelerator: Accelerator, config: Experiment, train: Mapping[str, Spli
     }
 
 
-def what_must_not_differ(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What the ranks of a run must agree on, or a run and its checkpoint."""
-    return {**about, "config": {key: value for key, value in about["config"].items() if key not in FREE}}
+def compared(about: Mapping[str, Any], free: Set[str]) -> dict[str, Any]:
+    """What a run is, but for what may differ in its config."""
+    return {**about, "config": {key: value for key, value in about["config"].items() if key not in free}}
 
 
 def checkpoint_to_resume(
@@ -47,26 +48,28 @@ def checkpoint_to_resume(
     """The checkpoint that `resume` names: never one, the last whole one of this run (auto), or that at a path."""
     if resume == "never":
         return None
-    checkpoint = _last(folder / CHECKPOINTS, warn) if resume == "auto" else _at(Path(resume), warn)
+    checkpoint = _last(folder, warn) if resume == "auto" else _at(Path(resume), warn)
     if checkpoint is not None and not allow_changes:
         _refuse_changes(checkpoint, now)
     return checkpoint
 
 
-def _last(folder: Path, warn: Callable[[str], object]) -> Checkpoint | None:
+def _last(run: Path, warn: Callable[[str], object]) -> Checkpoint | None:
+    folder = run / CHECKPOINTS
     checkpoint, problems = last_whole(folder)
     for problem in problems:
-        warn(f"{folder.parent}: {problem}")
+        warn(f"{run}: {problem}")
     if checkpoint is None and problems:
         raise UserError(f"{folder}: no checkpoint is whole; start anew with --overwrite")
+    if (run / BEST).exists() and not folder.is_dir():  # as a run has it that died before its first checkpoint
+        raise UserError(f"{folder} is gone, {run / BEST} is not; start anew with --overwrite")
     return checkpoint
 
 
 def _at(path: Path, warn: Callable[[str], object]) -> Checkpoint:
-    if (path / MANIFEST).exists():
+    if any((path / name).exists() for name in COVERED):
         return opened(path)
-    folder = path if all_in(path) else path / CHECKPOINTS
-    checkpoint = _last(folder, warn)
+    checkpoint = _last(path.parent if all_in(path) else path, warn)
     if checkpoint is None:
         raise UserError(f"--resume {path}: no checkpoint there; give a run folder, or one of its checkpoints/step-*")
     return checkpoint
@@ -88,7 +91,7 @@ def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
 def changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> Table | None:
     """What differs between the run that was saved and the one that goes on."""
     parts = ("ranks", "engine", "precision", "config")
-    then, today = ({part: what_must_not_differ(each)[part] for part in parts} for each in (checkpoint.about, now))
+    then, today = ({part: compared(each, OF_A_START)[part] for part in parts} for each in (checkpoint.about, now))
     found = differences(then, today)
     if not found:
         return None
@@ -123,20 +126,18 @@ class Saver:
     """Saves the run so that it can go on."""
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        config: Experiment,
-        now: dict[str, Any],
-        progress: Callable[[], dict[str, Any]],
-        tell: Callable[[str], object],
+        self, accelerator: Accelerator, config: Experiment, now: dict[str, Any], tell: Callable[[str], object]
     ) -> None:
-        """`progress` says what the run has counted and scored."""
         self.accelerator = accelerator
         self.config = config.checkpoint
         self.now = now
-        self.progress = progress
-        self.tell = tell
-        self.writer = Writer(config.output_dir / CHECKPOINTS, self.config.keep, self.config.async_)
+        self.writer = Writer(config.output_dir / CHECKPOINTS, self.config.keep, self.config.async_, tell)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.close()
 
     def is_due(self, done: int, evaluated: bool) -> bool:
         """Whether to save after a step, of which we know whether the dev sets were scored after it."""
@@ -145,17 +146,14 @@ class Saver:
     def save(
         self,
         done: int,
-        position: tuple[int, int],
         engine: Engine[MultiTaskModel],
         carried: Mapping[Tensor, dict[str, Tensor]],
-        combiner: dict[str, Any],
-        scored: bool = False,
+        state: Mapping[str, Any],
     ) -> None:
         """Copies the run as it stands, and has it written; every rank must take part.
 
-        `position` is the stage and how many steps of it are done; `scored` says that its last scores are known.
+        `state` says where in the run that is, and what was counted and scored until then.
         """
-        stage, step = position
         tensors: dict[str, Tensor] = {}
         with engine.whole() as whole:
             for name, parameter in whole.named_parameters():
@@ -165,12 +163,8 @@ class Saver:
         for name, moments in engine.moments():
             for key, value in moments.items():
                 self._keep(tensors, f"moments/{name}/{key}", value)
-        if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
-            self.tell(f"step {done}: not saved, because {bad} is infinite or NaN; lower optim.lr")
-        elif self.accelerator.is_main_process:
-            state = {"stage": stage, "step": step, "scored": scored, "combiner": combiner, "scaling": engine.scaling()}
-            state |= self.progress()
-            self._tell(self.writer.write(Snapshot(done, state, tensors, self.now)))
+        if self.accelerator.is_main_process:
+            self.writer.write(Snapshot.of(done, self.now, {**state, "scaling": engine.scaling()}, tensors))
 
     def _keep(self, tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:
         if self.accelerator.is_main_process:
@@ -178,13 +172,8 @@ class Saver:
 
     def finish(self, stop: signal.Signals | None) -> None:
         """Waits until all is written; a job that was told to make room is then asked for again."""
-        problems = self.writer.finish()
-        self._tell(problems)
-        if stop and problems:
-            raise UserError(problems[0])
+        self.writer.finish()
+        if stop and self.writer.failed:
+            raise UserError(f"{stop.name}: the run is not saved as it stands; it can go on from its last checkpoint")
         if stop == signal.SIGUSR1 and (requeue := os.environ.get("MTL_DIST_REQUEUE_FILE")):
             Path(requeue).touch()
-
-    def _tell(self, problems: Iterable[str]) -> None:
-        for problem in problems:
-            self.tell(problem)

@@ -29,6 +29,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Te
 from rich.table import Table
 
 from mtl_dist.config import refusing
+from mtl_dist.files import drafts
 from mtl_dist.metrics import OVERALL
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def _keep_until(step: int, metrics: Path) -> None:
         return
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    draft = metrics.with_suffix(".draft")
+    draft = metrics.with_name(drafts(metrics.name)[0])
     draft.write_text("".join(kept), encoding="utf-8")
     draft.replace(metrics)
 

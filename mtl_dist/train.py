@@ -1,12 +1,13 @@
 """Trains an experiment: everything is set up, then one loop that reads from top to bottom.
 
 A step draws its tasks, runs forward and backward on each one's micro-batches, clips and steps; then, always in this
-order: report, evaluate, keep the best. Stages follow each other on one model, each with an optimizer of its own.
+order: report, evaluate (and keep the best), save. Stages follow each other on one model, each with an own optimizer.
 """
 
+import json
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from itertools import count, takewhile
 from pathlib import Path
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtl_dist.checkpoint import CHECKPOINTS, LOCK, Checkpoint, RunLock, all_in
+from mtl_dist.checkpoint import CHECKPOINTS, LOCK, Checkpoint, RunLock, all_in, step_of
 from mtl_dist.config import CONFIG_FILE, UserError, dump, refusing
 from mtl_dist.data.batches import RowStream, TrainBatches, TrainRows, prefetched
 from mtl_dist.data.mixer import Draw, Order
@@ -42,18 +43,20 @@ from mtl_dist.distributed import (
 from mtl_dist.engine import start_engine
 from mtl_dist.evaluate import Scores, deciding_score, main_scores, score_all
 from mtl_dist.experiment import Experiment, Stage
+from mtl_dist.files import drafts, put_back
 from mtl_dist.meter import Faults, Meter, enough_memory
-from mtl_dist.model.multitask import BEST, MultiTaskModel, drafts, save_model
+from mtl_dist.model.multitask import BEST, SCORES, MultiTaskModel, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
 from mtl_dist.resume import (
+    OF_A_NODE,
     Saver,
     about,
     changes,
     checkpoint_to_resume,
+    compared,
     load_weights,
     moments_of,
-    what_must_not_differ,
 )
 from mtl_dist.surgery.gradients import Gradients, groups_of
 from mtl_dist.telemetry import (
@@ -71,7 +74,7 @@ from mtl_dist.tokenizer import load_tokenizer
 
 REJECTED = "rejected.tsv"
 # All that a run leaves in its folder.
-RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, TENSORBOARD, CHECKPOINTS, LOCK, BEST, *drafts(BEST)}
+RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, *drafts(METRICS), TENSORBOARD, CHECKPOINTS, LOCK, BEST, *drafts(BEST)}
 
 T = TypeVar("T")
 Splits = dict[str, dict[str, Split]]  # by the name of the split, then by task
@@ -110,12 +113,13 @@ def _train(
     orders = [stage.order(rows, config.seed) for stage in stages]
     model = first_then_others(accelerator, lambda: build_model(config, tokenizer, device.type))
     now = about(accelerator, config, splits["train"])
-    refuse_differences(accelerator, what_must_not_differ(now))
-    resumed = first_then_others(
+    refuse_differences(accelerator, compared(now, OF_A_NODE))
+    # First of all: whoever has the folder may still be saving.
+    on_one(accelerator, lambda: lock.take(config.output_dir, 120 if resume == "auto" else 0, console.print))
+    resumed = on_one(
         accelerator, lambda: checkpoint_to_resume(resume, now, config.output_dir, allow_changes, console.print)
     )
-    on_one(accelerator, lambda: lock.take(config.output_dir, patience_s=120 if resume == "auto" else 0))
-    on_one(accelerator, lambda: start_run_folder(config, splits, overwrite or resume == "auto", resumed))
+    goes_on_here = on_one(accelerator, lambda: start_run_folder(config, splits, overwrite or resume == "auto", resumed))
 
     console.print(data_table(splits))
     for line in train_rows_in_dev(splits["train"], splits["dev"]):
@@ -135,25 +139,29 @@ def _train(
         console.print(f"going on after step {done:,} of {resumed.path}", highlight=False)
         if (table := changes(resumed, now)) is not None:
             console.print(table)
-        if done >= total_steps and resumed.state["scored"]:
+        if done >= total_steps:
             console.print("the run is finished: nothing is left to train")
     recorder = Recorder(config.output_dir, config.log.tensorboard, done) if accelerator.is_main_process else None
     if recorder and resumed is None:
         recorder.text("config", dump(config))
     stop: signal.Signals | None = None
-    with Screen(list(config.tasks), total_steps, console) as screen:
-        judge = Judge(accelerator, config, splits["dev"], tokenizer, screen, recorder, resumed)
+    with (
+        Screen(list(config.tasks), total_steps, console) as screen,
+        Saver(accelerator, config, now, screen.line) as saver,
+        Watchdog(config.distributed.timeout_s, world) as watchdog,
+    ):
+        judge = Judge(accelerator, config, splits["dev"], tokenizer, screen, recorder, watchdog.watch)
         faults = Faults(accelerator, meter, splits["train"], screen, recorder)
         if resumed is not None:
             faults.load(resumed.state["faults"])
-        saver = Saver(
-            accelerator,
-            config,
-            now,
-            lambda: {**judge.state(), "meter": meter.state(), "faults": faults.state()},
-            screen.line,
-        )
-        watchdog = Watchdog(config.distributed.timeout_s, world)
+            if goes_on_here:  # elsewhere the best model was left behind
+                judge.load(resumed.state)
+
+        def state(stage: Stage, step: int, gradients: Gradients) -> dict[str, Any]:
+            """Where the run is: so many steps of a stage are done; and what is known of it until then."""
+            counted = {"meter": meter.state(), "faults": faults.state(), "combiner": gradients.state}
+            return {"stage": stage.number, "step": step, **counted, **judge.state()}
+
         for stage, order in zip(stages, orders, strict=True):
             if stage.number < first_stage:
                 continue
@@ -208,7 +216,6 @@ def _train(
                 losses = meter.step(stepped, gradients.dropped)
                 gradients.observe(losses)
                 faults.after(done, stage, stepped, gradients.dropped, losses)
-                watchdog.rest()
 
                 if done % config.log.every_steps == 0 or step + 1 == order.steps:
                     report = meter.report(stage.name, done, optimizer)
@@ -219,21 +226,29 @@ def _train(
                     next_evaluation = next(evaluations, None)
                     with meter.paused(), engine.whole() as whole:
                         judge.evaluate(whole, stage.name, done)
-                stop = stops.agreed()
-                if stop or (step + 1 < order.steps and saver.is_due(done, evaluate)):
-                    with meter.paused():
-                        saver.save(done, (stage.number, step + 1), engine, carried, gradients.state)
-                if stop:
-                    break
+                if step + 1 < order.steps:  # after the last one both come in any case
+                    stop = stops.agreed()
+                    if stop or saver.is_due(done, evaluate):
+                        with meter.paused():
+                            watchdog.watch()
+                            saver.save(done, engine, carried, state(stage, step + 1, gradients))
+                    if stop:
+                        break
             if stop:
                 break
-            if resumed is None or done > resumed.step or not resumed.state["scored"]:
+            carried = carried | optimizer.state if any(s.carry_moments for s in stages[stage.number + 1 :]) else {}
+            if not (resumed and stage.number == first_stage and first_step == order.steps and judge.best):
                 with engine.whole() as whole:
                     judge.evaluate(whole, stage.name, done)
-            carried = carried | optimizer.state if any(s.carry_moments for s in stages[stage.number + 1 :]) else {}
-            saver.save(done, (stage.number, order.steps), engine, carried, gradients.state, scored=True)
+                watchdog.watch()
+                saver.save(done, engine, carried, state(stage, order.steps, gradients))
             model = engine.close()
+            if stage is not stages[-1] and (stop := stops.agreed()):
+                break
+        watchdog.watch()
         on_one(accelerator, lambda: saver.finish(stop))
+    if judge.unsaved and not stop:
+        raise UserError(judge.unsaved)
     if recorder:
         recorder.close()
         if stop:
@@ -320,39 +335,45 @@ def rows_of_mean(stage: Stage, draws: list[Draw]) -> dict[str, float]:
     return dict.fromkeys(sizes, sum(sizes[task] for task, _ in draws) / len(draws))
 
 
-def start_run_folder(config: Experiment, splits: Splits, overwrite: bool, resumed: Checkpoint | None) -> None:
-    """Writes what is known before the first step; an earlier run goes on here, or is replaced if that was asked for."""
+def start_run_folder(config: Experiment, splits: Splits, overwrite: bool, resumed: Checkpoint | None) -> bool:
+    """Writes what is known before the first step, and says whether it is the folder of the run that goes on.
+
+    Another run that is in it is replaced, if that was asked for.
+    """
     folder = config.output_dir
     with refusing(f"output_dir: cannot write {folder}"):
-        found = {path.name for path in folder.iterdir()} - {LOCK}
-        foreign = sorted(found - RUN_FILES)
-        if foreign or (found and not found >= {CONFIG_FILE, REJECTED}):
-            raise UserError(
-                f"output_dir: {folder} holds {(foreign or sorted(found))[0]}, not a run; choose another folder"
-            )
-        if resumed is not None and is_of(resumed, folder):
-            for path in all_in(folder / CHECKPOINTS):  # what came after it will come again
-                if path.name > resumed.path.name:
+        goes_on_here = resumed is not None and resumed.path.parent == (folder / CHECKPOINTS).resolve()
+        if resumed is not None and goes_on_here:
+            for path in all_in(folder / CHECKPOINTS):
+                if step_of(path) > resumed.step:  # it will come again
                     shutil.rmtree(path)
-            found = set()
-        if found and not overwrite:
-            raise UserError(
-                f"output_dir: {folder} holds a run; go on with it by --resume auto, replace it with --overwrite, "
-                "or choose another folder"
-            )
-        for name in found:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (folder / CONFIG_FILE).write_text(dump(config), encoding="utf-8")
+            put_back(folder / BEST)
+        else:
+            clear(folder, overwrite)
         with (folder / REJECTED).open("w", encoding="utf-8") as file:
             for by_task in splits.values():
                 for name, split in by_task.items():
                     file.writelines(f"{name}\t{place(split.source, b.line)}\t{b.message}\n" for b in split.rejected())
+        (folder / CONFIG_FILE).unlink(missing_ok=True)  # it may be a link
+        (folder / CONFIG_FILE).write_text(dump(config), encoding="utf-8")
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    return goes_on_here
 
 
-def is_of(checkpoint: Checkpoint, folder: Path) -> bool:
-    """Whether a checkpoint belongs to the run in this folder."""
-    return checkpoint.path.resolve().parent == (folder / CHECKPOINTS).resolve()
+def clear(folder: Path, overwrite: bool) -> None:
+    """Makes room for a run where there is none, or one that may be replaced."""
+    found = {path.name for path in folder.iterdir()} - {LOCK}
+    foreign = sorted(found - RUN_FILES)
+    if foreign or (found and REJECTED not in found):
+        raise UserError(f"output_dir: {folder} holds {(foreign or sorted(found))[0]}, not a run; choose another folder")
+    if found and not overwrite:
+        raise UserError(
+            f"output_dir: {folder} holds a run; go on with it by --resume auto, replace it with --overwrite, "
+            "or choose another folder"
+        )
+    for name in sorted(found, key=lambda name: name == REJECTED):  # last what shows that it is a run
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def evaluation_steps(config: Experiment, order: Order) -> Iterator[int]:
@@ -378,23 +399,32 @@ class Judge:
         tokenizer: Tokenizer,
         screen: Screen,
         recorder: Recorder | None,
-        resumed: Checkpoint | None,
+        on_batch: Callable[[], object],
     ) -> None:
+        """`on_batch` hears of every batch that is scored."""
         self.accelerator = accelerator
         self.config = config
         self.splits = splits
         self.tokenizer = tokenizer
         self.screen = screen
         self.recorder = recorder
+        self.on_batch = on_batch
         self.best: Scores = {}
         self.after_stage: dict[str, Scores] = {}
-        # Elsewhere the best model was left behind; with other tasks its scores cannot be compared.
-        if (
-            resumed is not None
-            and is_of(resumed, config.output_dir)
-            and resumed.about["data"].keys() == config.tasks.keys()
-        ):
-            self.best, self.after_stage = resumed.state["best"], resumed.state["after_stage"]
+        self.unsaved: str | None = None  # why the best model so far is not in the run folder
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from these scores, if they can be compared and the model is there; every rank must ask for it."""
+        best = state["best"]
+        if best and best["tasks"].keys() != self.splits.keys():
+            return
+        self.after_stage = state["after_stage"]
+        if on_one(self.accelerator, lambda: saved_scores(self.config.output_dir / BEST)) == best:
+            self.best = best
+        elif best:
+            self.screen.line(
+                f"{BEST} is not the model of step {best['step']}, the best one then: the next takes its place"
+            )
 
     def state(self) -> dict[str, Any]:
         """The scores so far."""
@@ -403,16 +433,30 @@ class Judge:
     def evaluate(self, model: MultiTaskModel, stage: str, step: int) -> None:
         """Scores all tasks after a step; every rank must take part."""
         config = self.config
-        scores = score_all(self.accelerator, model, config.tasks, self.splits, config.evaluate.max_tokens)
+        scores = score_all(
+            self.accelerator, model, config.tasks, self.splits, config.evaluate.max_tokens, self.on_batch
+        )
         self.after_stage[stage] = scores
         self.screen.scores(step, main_scores(config.tasks, scores), scores)
         if self.recorder:
             self.recorder.record(step, "dev", {"stage": stage, **scores})
         # With nothing to score the last model is the best.
         if not self.splits or not self.best or deciding_score(config, scores) > deciding_score(config, self.best):
-            self.best = {"step": step, **scores}
-            if self.accelerator.is_main_process:
-                save_model(model, self.tokenizer, config.output_dir / BEST, self.best)
+            best = {"step": step, **scores}
+            try:
+                on_one(self.accelerator, lambda: save_model(model, self.tokenizer, config.output_dir / BEST, best))
+                self.best, self.unsaved = best, None
+            except UserError as error:
+                self.unsaved = str(error)
+                self.screen.line(f"step {step}: the best model is not saved: {error}")
+
+
+def saved_scores(folder: Path) -> Scores:
+    """The scores of the model in a folder; none where there is no model."""
+    try:
+        return dict(json.loads((folder / SCORES).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def data_table(splits: Splits) -> Table:

@@ -11,6 +11,7 @@ PACKAGE = Path(mtl_dist.__file__).parent
 FLOORS = {
     "config": 0,
     "distributed": 1,
+    "files": 1,
     "metrics": 1,
     "objectives": 1,
     "optim": 1,
@@ -24,9 +25,9 @@ FLOORS = {
     "surgery.rows": 1,
     "doctor": 2,
     "zero": 2,
-    "checkpoint": 1,
     "model.heads": 2,
     "model.weights": 2,
+    "checkpoint": 2,
     "engine": 3,
     "surgery.gradients": 4,
     "telemetry": 2,

@@ -27,14 +27,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mtl_dist.config import UserError, sha256_of
+from mtl_dist.config import UserError
 from mtl_dist.data.read import BadRow, File, Source, fingerprint, name_of, place, read_rows
+from mtl_dist.files import damaged, write_sums
 from mtl_dist.tasks import Example, TaskConfig
 from mtl_dist.tokenizer import Encoded, encode, encode_in_worker, start_worker
 
 FORMAT = 2
 ROWS, REJECTED, META = "rows.arrow", "rejected.tsv", "meta.json"
-SUMS = "sha256sums"  # of the other three; `sha256sum -c` reads it too
+COVERED = (ROWS, REJECTED, META)  # by the list of hashes beside them
 CHUNK_ROWS = 8192
 CHUNKS_WORTH_PROCESSES = 3  # below this, starting processes takes longer than the work
 
@@ -144,7 +145,7 @@ def prepare(
     rows = fingerprint(source)
     key = _key(task, source, rows, tokenizer, max_length, labelled)
     folder = cache_dir / key
-    if not _is_whole(folder):
+    if damaged(folder, COVERED):
         work = folder.with_name(f".{key}.{uuid4().hex[:8]}")
         unfinished = work / "new"
         try:
@@ -152,13 +153,13 @@ def prepare(
             _write(unfinished, task, source, tokenizer, max_length, labelled, on_rows)
             if fingerprint(source) != rows:  # or other rows would stand under this file's key
                 raise UserError(f"{name_of(source)} changed while it was read; start again when it is written")
-            if os.path.lexists(folder) and not _is_whole(folder):  # not made by another process in the meantime
+            if os.path.lexists(folder) and damaged(folder, COVERED):  # not made by another process in the meantime
                 log.warning("cache_dir: %s is damaged; it is written anew", folder)
                 folder.rename(work / "damaged")
             unfinished.rename(folder)
         except OSError as error:
             # Another process may have been faster: its entry is as good as ours.
-            if not _is_whole(folder):
+            if damaged(folder, COVERED):
                 raise UserError(f"cache_dir: cannot write {work}: {error.strerror or error}") from error
         except BrokenProcessPool as error:
             raise UserError(
@@ -168,18 +169,6 @@ def prepare(
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return Split(folder, source)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether an entry is there, every byte as it was written."""
-    try:
-        return (folder / SUMS).read_bytes() == _sums(folder)
-    except OSError:
-        return False
-
-
-def _sums(folder: Path) -> bytes:
-    return "".join(f"{sha256_of(folder / name)}  {name}\n" for name in (ROWS, REJECTED, META)).encode()
 
 
 def _key(task: TaskConfig, source: Source, rows: str, tokenizer: Tokenizer, max_length: int, labelled: bool) -> str:
@@ -303,7 +292,7 @@ def _write(
             meta["tokens"] += sum(len(tokens) for row in encoded.inputs for tokens in row)
             on_rows(len(examples))
     (folder / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
-    (folder / SUMS).write_bytes(_sums(folder))
+    write_sums(folder, COVERED)
 
 
 def _in_chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:

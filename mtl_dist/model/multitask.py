@@ -1,7 +1,6 @@
 """One encoder, and for each task its pooling and head."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from mtl_dist.config import UserError
+from mtl_dist.files import SUMS, damaged, replacing, write_sums
 from mtl_dist.model.encoder import Encoder, Packed
 from mtl_dist.model.heads import pool
-from mtl_dist.model.weights import EncoderConfig, build_encoder, save_checkpoint
+from mtl_dist.model.weights import ENCODER_FILES, EncoderConfig, build_encoder, save_checkpoint
 from mtl_dist.tasks import TaskConfig
 from mtl_dist.tokenizer import load_tokenizer
 
 BEST = "best"  # where a run folder keeps its best model
-HEADS = "heads.safetensors"
+HEADS, SCORES = "heads.safetensors", "scores.json"
+COVERED = (*(f"encoder/{name}" for name in ENCODER_FILES), HEADS, SCORES)  # by the list of hashes beside them
 
 
 class MultiTaskModel(nn.Module):
@@ -56,24 +57,23 @@ class MultiTaskModel(nn.Module):
                 yield name, parameter
 
 
-def drafts(name: str) -> tuple[str, str]:
-    """What stands beside a saved model for a moment: the new one, not yet whole, and the old one, not yet gone."""
-    return f".{name}.new", f".{name}.old"
-
-
 def save_model(model: MultiTaskModel, tokenizer: Tokenizer, folder: Path, scores: Mapping[str, Any]) -> None:
     """Puts encoder (which transformers opens), heads.safetensors and scores.json in place of what `folder` held."""
-    unfinished, old = (folder.parent / name for name in drafts(folder.name))
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_checkpoint(model.encoder, tokenizer, unfinished / "encoder")
-    heads = {name: tensor.detach().cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
-    save_file(heads, unfinished / HEADS)
-    (unfinished / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    unfinished.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if bad := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
+        raise UserError(f"cannot write {folder}: {bad} is infinite or NaN")
+    with replacing(folder) as unfinished:
+        save_checkpoint(model.encoder, tokenizer, unfinished / "encoder")
+        heads = {name: tensor.detach().cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
+        save_file(heads, unfinished / HEADS)
+        (unfinished / SCORES).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_sums(unfinished, COVERED)
+
+
+def model_faults(folder: Path) -> list[str]:
+    """What is wrong with the files of a saved model."""
+    if not (folder / SUMS).exists():  # it may have been taken away by who changed them
+        return [f"{SUMS} is missing"]
+    return [f"{name} is damaged: its SHA-256 is another" for name in damaged(folder, COVERED)]
 
 
 def load_model(folder: Path, tasks: Mapping[str, TaskConfig]) -> tuple[MultiTaskModel, Tokenizer]:
@@ -81,6 +81,8 @@ def load_model(folder: Path, tasks: Mapping[str, TaskConfig]) -> tuple[MultiTask
     path = folder / HEADS
     if not path.is_file():
         raise UserError(f"{folder}: no saved model here")
+    if (folder / SUMS).exists() and (wrong := model_faults(folder)):
+        raise UserError(f"{folder}/{wrong[0]}; if you changed it yourself, remove {folder / SUMS}")
     encoder = EncoderConfig.model_validate({"from": str(folder / "encoder")})
     tokenizer = load_tokenizer(encoder.tokenizer_source)
     model = MultiTaskModel(build_encoder(encoder, tokenizer), tasks)

@@ -171,6 +171,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: the weights cannot be read: {first_line}") from error
 
 
+ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # that are saved
+
+
 def save_checkpoint(encoder: Encoder, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes encoder and tokenizer so that `AutoModel.from_pretrained(folder)` opens them."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 python -m pytest tests/faults/test_checkpoints.py
 """
 
+import errno
 import json
 import os
 import pickle
@@ -10,18 +11,36 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from mtl_dist import checkpoint
-from mtl_dist.checkpoint import CHECKPOINTS, Snapshot, Writer, all_in, faults, last_whole, write
+from mtl_dist import checkpoint, files
+from mtl_dist.checkpoint import (
+    CHECKPOINTS,
+    COVERED,
+    LOCK,
+    RunLock,
+    Snapshot,
+    Writer,
+    all_in,
+    faults,
+    last_whole,
+    write,
+)
 from mtl_dist.cli import main
 from mtl_dist.config import UserError, load
+from mtl_dist.distributed import Stops
+from mtl_dist.engine import Engine, Stepped
 from mtl_dist.experiment import Experiment
+from mtl_dist.files import write_sums
+from mtl_dist.model import multitask
 from mtl_dist.train import train
 from tests.training import far_apart, run
 
@@ -36,7 +55,12 @@ def saved(tiny: Path) -> Path:
 
 
 def snapshot(step: int) -> Snapshot:
-    return Snapshot(step, {"stage": 0}, {"weights/a": torch.arange(1000.0)}, {"data": {}, "config": {}})
+    return Snapshot.of(step, {"data": {}, "config": {}}, {"stage": 0}, {"weights/a": torch.arange(1000.0)})
+
+
+def sign(path: Path) -> None:
+    """Makes a checkpoint that was tampered with look whole."""
+    write_sums(path, COVERED)
 
 
 def die_after(moment: int, folder: Path) -> None:
@@ -54,9 +78,7 @@ def die_after(moment: int, folder: Path) -> None:
 
         return called
 
-    checkpoint._sync, checkpoint.sha256_of, checkpoint.save_file = map(
-        dying, (checkpoint._sync, checkpoint.sha256_of, checkpoint.save_file)
-    )
+    files.sync, files.sha256_of, checkpoint.save_file = map(dying, (files.sync, files.sha256_of, checkpoint.save_file))
     Path.mkdir, Path.rename, Path.write_text = map(dying, (Path.mkdir, Path.rename, Path.write_text))  # type: ignore[method-assign]
     write(folder, snapshot(2))
 
@@ -81,9 +103,10 @@ def test_killed_at_every_moment_of_a_save(tmp_path: Path) -> None:
         assert os.WTERMSIG(status) == signal.SIGKILL
         died += 1
         # The next save takes no notice of what was left behind, and clears it away.
-        writer = Writer(folder, keep=2, background=False)
-        assert writer.write(snapshot(3)) == []
-        assert not list(folder.glob("*.tmp"))
+        writer = Writer(folder, 2, False, pytest.fail)
+        writer.write(snapshot(3))
+        writer.close()
+        assert not list(folder.glob("*.*"))
     assert died >= 10
 
 
@@ -113,7 +136,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
     try:
         write(disk / CHECKPOINTS, snapshot(1))
-        large = Snapshot(2, {}, {"weights/a": torch.zeros(100_000)}, {})
+        large = Snapshot.of(2, {}, {}, {"weights/a": torch.zeros(100_000)})
         with pytest.raises(UserError, match=r"step-00000002: .*(No space left|storage full)"):
             write(disk / CHECKPOINTS, large)
         last, problems = last_whole(disk / CHECKPOINTS)
@@ -143,45 +166,53 @@ def damage_remove(path: Path) -> None:
     (path / "tensors.safetensors").unlink()
 
 
-def damage_manifest(path: Path) -> None:
-    (path / "manifest.json").write_text('{"format": 1')
+def damage_sums(path: Path) -> None:
+    sums = path / "sha256sums"
+    sums.write_text(sums.read_text()[:-10])
 
 
-def damage_no_manifest(path: Path) -> None:
-    (path / "manifest.json").unlink()
+def damage_no_sums(path: Path) -> None:
+    (path / "sha256sums").unlink()
 
 
 def damage_newer(path: Path) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"format": 2}))
+    sign(path)
 
 
 def damage_link(path: Path) -> None:
-    (path / "tensors.safetensors").rename(path.parent / "elsewhere")
-    (path / "tensors.safetensors").symlink_to(path.parent / "elsewhere")
+    (path / "tensors.safetensors").unlink()
+    (path / "tensors.safetensors").symlink_to("/etc/hostname")
 
 
 def damage_climb(path: Path) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["../../config.yaml"] = manifest["files"].pop("state.json")
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    sums = (path / "sha256sums").read_text()
+    (path / "sha256sums").write_text(sums.replace("state.json", "../../config.yaml"))
 
 
-def damage_types(path: Path) -> None:
-    (path / "manifest.json").write_text('{"format": 1, "files": {"state.json": 3, "tensors.safetensors": null}}')
+def damage_foreign(path: Path) -> None:
+    (path / "state.json").write_text('["something else"]')
+    sign(path)
+
+
+def damage_all(path: Path) -> None:
+    for file in path.iterdir():
+        file.write_bytes(os.urandom(1000))
 
 
 DAMAGES = {
-    damage_truncate: "bytes in the place of",
+    damage_truncate: "tensors.safetensors is damaged",
     damage_flip: "tensors.safetensors is damaged",
     damage_state: "state.json is damaged",
     damage_remove: "tensors.safetensors is missing",
-    damage_manifest: "manifest.json cannot be read",
-    damage_no_manifest: "manifest.json is missing",
+    damage_sums: "tensors.safetensors is damaged",
+    damage_no_sums: "sha256sums is missing",
     damage_newer: "is of format 2",
-    damage_link: "tensors.safetensors is missing",
-    damage_climb: "manifest.json names other files",
-    damage_types: "manifest.json cannot be read",
+    damage_link: "tensors.safetensors is damaged",
+    damage_climb: "state.json is damaged",
+    damage_foreign: "state.json is not one of mtl_dist",
+    damage_all: "state.json is damaged",
 }
 
 
@@ -216,15 +247,20 @@ class Canary:
         return os.system, ("touch canary",)
 
 
-def test_a_planted_pickle_does_not_run(tiny: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "optimizer.bin"])
+def test_a_planted_pickle_does_not_run(
+    tiny: Path, saved: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tiny.parent)
-    for name in ("tensors.safetensors", "state.json", "optimizer.bin"):
-        path = all_in(saved)[0]
-        shutil.copytree(path, tiny.parent / "copy")
-        (path / name).write_bytes(pickle.dumps(Canary()))
+    last = all_in(saved)[0]
+    (last / name).write_bytes(pickle.dumps(Canary()))
+    sign(last)  # whoever can write a file can write its hash
+    if name == "tensors.safetensors":
+        with pytest.raises(UserError, match="step-00000008: cannot be read: "):
+            run(tiny, *QUICK, resume="auto")
+    else:
         run(tiny, *QUICK, resume="auto")
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.move(tiny.parent / "copy", path)
+        assert ("state.json is not one of mtl_dist" in capsys.readouterr().out) == (name == "state.json")
     assert not (tiny.parent / "canary").exists()
 
 
@@ -242,8 +278,17 @@ def test_folders_that_are_no_runs(tiny: Path) -> None:
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tiny: Path) -> None:
     whole = run(tiny, *QUICK)
-    shutil.rmtree(tiny.parent / "run" / CHECKPOINTS)
+    for path in all_in(tiny.parent / "run" / CHECKPOINTS):
+        shutil.rmtree(path)
     assert far_apart(run(tiny, *QUICK, resume="auto")["parameters"], whole["parameters"]) == 0
+
+
+def test_a_run_whose_checkpoints_are_not_there_is_left_alone(tiny: Path, saved: Path) -> None:
+    shutil.rmtree(saved)
+    saved.symlink_to(tiny.parent / "a disk that is not mounted")
+    with pytest.raises(UserError, match=r"run/checkpoints is gone, .*run/best is not; start anew with --overwrite"):
+        run(tiny, *QUICK, resume="auto")
+    assert (saved.parent / "best").exists()
 
 
 HOLDER = """
@@ -251,7 +296,7 @@ import sys, time
 from pathlib import Path
 from mtl_dist.checkpoint import RunLock
 lock = RunLock()
-lock.take(Path(sys.argv[1]))
+lock.take(Path(sys.argv[1]), 0, print)
 print("taken", flush=True)
 time.sleep(60)
 """
@@ -306,3 +351,223 @@ def test_metrics_that_were_cut_off(tiny: Path, saved: Path) -> None:
     run(tiny, *QUICK, resume="auto")
     steps = [(line["kind"], line["step"]) for line in map(json.loads, metrics.read_text().splitlines())]
     assert steps == [(line["kind"], line["step"]) for line in map(json.loads, lines.splitlines())]
+
+
+def test_a_file_that_is_another_one_on_this_node(saved: Path) -> None:
+    last, _ = last_whole(saved)
+    assert last is not None
+    (last.path / "sha256sums").write_text("of another run")
+    with pytest.raises(UserError, match="holds something else here than on rank 0; all nodes must see one folder"):
+        last.tensors("weights")
+
+
+def test_a_slow_disk_writes_the_run_as_it_stood(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = [*QUICK, "gradients.combiner={kind: gradvac}", "checkpoint.every_steps=4", "log.every_steps=3"]
+    whole = run(tiny, *steady)
+    save_file = checkpoint.save_file
+
+    def slow(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file(tensors, path)
+        time.sleep(1)  # in which training goes on to the end
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    run(tiny, *steady)
+    middle = tiny.parent / "run" / CHECKPOINTS / "step-00000004"
+    there = run(tiny, *steady, f"output_dir={tiny.parent / 'there'}", resume=str(middle))
+    assert far_apart(there["parameters"], whole["parameters"]) == 0
+    draws = [
+        json.loads((tiny.parent / name / "metrics.jsonl").read_text().splitlines()[-2])["draws"]
+        for name in ("run", "there")
+    ]
+    assert draws[0] == draws[1]
+
+
+def test_a_path_through_a_link(tiny: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latest = saved.parent / "latest"
+    latest.symlink_to(saved / "step-00000006")
+    run(tiny, *QUICK, resume=str(latest))
+    assert [path.name for path in all_in(saved)] == ["step-00000008", "step-00000006", "step-00000004"]
+    monkeypatch.chdir(saved / "step-00000004")
+    run(tiny, *QUICK, resume=".")
+    assert all_in(saved)[-1].name == "step-00000004"
+
+
+def test_what_is_saved_while_a_job_waits_for_the_folder_counts(
+    tiny: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = all_in(saved)[0]
+    last.rename(tiny.parent / last.name)
+    take = RunLock.take
+
+    def waiting(*arguments: Any) -> None:
+        (tiny.parent / last.name).rename(last)
+        take(*arguments)
+
+    monkeypatch.setattr(RunLock, "take", waiting)
+    run(tiny, *QUICK, resume="auto")
+    assert "going on after step 8" in capsys.readouterr().out
+
+
+def stopped(config: Path, *overrides: str) -> tuple[int, bool]:
+    """The exit code of a run that hears a USR1 in its third step, and whether it asks for a requeue."""
+    agreed, asked, requeue = Stops.agreed, 0, config.parent / "requeue"
+
+    def heard(stops: Stops) -> signal.Signals | None:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            signal.raise_signal(signal.SIGUSR1)
+        return agreed(stops)
+
+    with patch.object(Stops, "agreed", heard), patch.dict(os.environ, MTL_DIST_REQUEUE_FILE=str(requeue)):
+        code = main(["train", str(config), *overrides, "--overwrite"])
+    return code, requeue.exists()
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_stop_that_cannot_be_saved_asks_for_no_requeue(
+    tiny: Path, background: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert stopped(tiny, *QUICK, f"checkpoint.async={background}") == (2, False)
+    assert "SIGUSR1: the run is not saved as it stands" in capsys.readouterr().err
+
+
+def test_a_stop_of_poisoned_weights_asks_for_no_requeue(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = Engine.step
+
+    def poisoning(engine: Engine[Any]) -> Stepped:
+        stepped = step(engine)
+        next(engine.module.parameters()).data.fill_(float("nan"))
+        return stepped
+
+    with patch.object(Engine, "step", poisoning):
+        assert stopped(tiny, *QUICK, "evaluate.every_steps=8") == (2, False)
+    assert "step 3: not saved, because weights/encoder." in capsys.readouterr().out
+
+
+def test_a_stop_that_only_cannot_clear_up_is_a_stop(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Writer, "_rotate", lambda writer: ["cannot remove step-00000002: Device or resource busy"])
+    assert stopped(tiny, *QUICK) == (0, True)
+
+
+def test_a_stop_in_the_last_step_is_the_end(tiny: Path) -> None:
+    assert stopped(tiny, *QUICK, "steps=3") == (0, False)
+    dev = [line for line in (tiny.parent / "run" / "metrics.jsonl").read_text().splitlines() if '"dev"' in line]
+    assert [json.loads(line)["step"] for line in dev] == [2, 3]
+    before = {path: path.stat().st_mtime_ns for path in (tiny.parent / "run" / CHECKPOINTS).rglob("*")}
+    run(tiny, *QUICK, "steps=3", resume="auto")  # shows its results again, and changes nothing
+    assert {path: path.stat().st_mtime_ns for path in (tiny.parent / "run" / CHECKPOINTS).rglob("*")} == before
+    assert [line for line in (tiny.parent / "run" / "metrics.jsonl").read_text().splitlines() if '"dev"' in line] == dev
+
+
+# The best model
+
+
+def test_a_best_model_that_cannot_be_saved_is_tried_again(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(tiny, *QUICK, "tasks.mood.dev=null", "tasks.same.dev=null", "tasks.near.dev=null")
+    tried: list[int] = []
+    saved = multitask.save_file
+
+    def full_until(step: int) -> Any:
+        def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            tried.append(1)
+            saved(tensors, path)
+            if len(tried) <= step:
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+        return save_file
+
+    # Without dev sets the last model is the best one, and is saved four times.
+    monkeypatch.setattr(multitask, "save_file", full_until(2))
+    again = run(tiny, *QUICK, "tasks.mood.dev=null", "tasks.same.dev=null", "tasks.near.dev=null")
+    assert again["scores"] == whole["scores"]
+    assert far_apart(again["kept"], whole["kept"]) == 0
+    output = capsys.readouterr().out
+    assert "step 2: the best model is not saved: cannot write" in output and "No space left" in output
+    tried.clear()
+    monkeypatch.setattr(multitask, "save_file", full_until(9))
+    with pytest.raises(UserError, match=r"cannot write .*run/best: .*No space left"):
+        run(tiny, *QUICK)
+    assert faults(all_in(tiny.parent / "run" / CHECKPOINTS)[0]) == []
+    # When there is room, it is made up for.
+    tried.clear()
+    monkeypatch.setattr(multitask, "save_file", saved)
+    assert far_apart(run(tiny, *QUICK, resume="auto")["kept"], whole["parameters"]) == 0
+
+
+def test_a_kill_between_two_best_models_leaves_one(tiny: Path, saved: Path) -> None:
+    best = saved.parent / "best"
+    scores = json.loads((best / "scores.json").read_text())
+    best.rename(best.with_name("best.old"))
+    assert run(tiny, *QUICK, resume="auto")["scores"] == scores
+    assert json.loads((best / "scores.json").read_text()) == scores
+
+
+def test_a_best_model_of_steps_that_never_came(tiny: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (saved.parent / "best" / "scores.json").write_text('{"step": 99}')
+    again = run(tiny, *QUICK, resume=str(saved / "step-00000004"))
+    assert "best is not the model of step" in capsys.readouterr().out
+    assert json.loads((saved.parent / "best" / "scores.json").read_text()) == again["scores"]
+
+
+def test_a_finished_run_taken_elsewhere_is_scored_there(tiny: Path, saved: Path) -> None:
+    there = run(tiny, *QUICK, f"output_dir={tiny.parent / 'there'}", resume=str(saved))
+    assert there["scores"]["step"] == 8
+    assert (tiny.parent / "there" / "best" / "scores.json").exists()
+
+
+def test_a_dev_set_that_came_later(tiny: Path) -> None:
+    run(tiny, *QUICK, "tasks.same.dev=null", "steps=4")
+    again = run(tiny, *QUICK, "steps=8", "evaluate.best_by=same", resume="auto")
+    assert again["scores"]["tasks"]["same"]
+
+
+# What else may be in a run folder
+
+
+def test_what_a_killed_process_left_is_no_hindrance(tiny: Path, saved: Path) -> None:
+    folder = saved.parent
+    (folder / "metrics.jsonl.tmp").write_text("half a line")
+    (folder / "best.tmp").mkdir()
+    run(tiny, *QUICK, resume="auto")
+    (folder / "metrics.jsonl.tmp").write_text("half a line")
+    (folder / "config.yaml").unlink()  # died while it was written
+    run(tiny, *QUICK, resume="auto")
+    (folder / "config.yaml").unlink()
+    (folder / "best.old").mkdir()
+    run(tiny, *QUICK)
+    (folder / "notes.md").write_text("mine")
+    run(tiny, *QUICK, resume="auto")
+    assert (folder / "notes.md").read_text() == "mine"
+    with pytest.raises(UserError, match=r"holds notes.md, not a run"):
+        run(tiny, *QUICK)
+
+
+def test_links_in_a_run_folder_lead_nowhere(tiny: Path, saved: Path) -> None:
+    precious = tiny.parent / "precious"
+    precious.write_text("mine")
+    (saved.parent / "config.yaml").unlink()
+    (saved.parent / "config.yaml").symlink_to(precious)
+    run(tiny, *QUICK, resume="auto")
+    (saved.parent / LOCK).unlink()
+    (saved.parent / LOCK).symlink_to(precious)
+    with pytest.raises(UserError, match="Too many levels of symbolic links"):
+        run(tiny, *QUICK, resume="auto")
+    assert precious.read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_told(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run(tiny, *QUICK)
+    assert "No locks available; nothing keeps a second job out" in capsys.readouterr().out

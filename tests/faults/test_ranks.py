@@ -145,14 +145,38 @@ def test_poisoned_weights_are_not_saved(tiny: Path, capsys: pytest.CaptureFixtur
     assert "step 4: not saved, because weights/encoder." in capsys.readouterr().out
 
 
-def run_its_own(config: Path, *overrides: str) -> str:
-    return refused(run, config, *overrides, f"optim.lr=0.00{1 + int(os.environ['RANK'])}")
+def run_its_own(key: str, config: Path, *overrides: str) -> str:
+    return refused(run, config, *overrides, f"{key}{1 + int(os.environ['RANK'])}")
 
 
-def test_ranks_that_differ_stop_before_the_first_step(tiny: Path) -> None:
-    for message in on_ranks(2, run_its_own, tiny, *LAST):
-        assert message == "the ranks differ: config.optim.lr is 0.001 on rank 0, and 0.002 on rank 1"
+@pytest.mark.parametrize(
+    ("key", "difference"),
+    [
+        ("optim.lr=0.00", "optim.lr is 0.001 on rank 0, and 0.002 on rank 1"),
+        ("log.every_steps=", "log.every_steps is 1 on rank 0, and 2 on rank 1"),
+        ("checkpoint.every_steps=", "checkpoint.every_steps is 1 on rank 0, and 2 on rank 1"),
+    ],
+)
+def test_ranks_that_differ_stop_before_the_first_step(tiny: Path, key: str, difference: str) -> None:
+    for message in on_ranks(2, run_its_own, key, tiny, *LAST):
+        assert message == f"the ranks differ: config.{difference}"
     assert not (tiny.parent / "run").exists()
+
+
+def hang_in(where: str, config: Path, *overrides: str) -> None:
+    """Trains; the last rank hangs in the second call of a function."""
+    module, _, name = where.rpartition(".")
+    original, calls = getattr(__import__(module, fromlist=[name]), name), 0
+
+    def hanging(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and os.environ["RANK"] == "1":
+            time.sleep(100)
+        return original(*arguments, **options)
+
+    with patch(where, hanging):
+        run(config, *overrides)
 
 
 def run_until(step: int, what: str, config: Path, *overrides: str) -> None:
@@ -188,6 +212,14 @@ def test_a_rank_that_hangs_is_ended_and_shows_where(tiny: Path) -> None:
     assert "rank 1 ended with exit code 1" in text
     assert "Timeout (0:00:06)!" in text
     assert "in failing" in text  # the line where it slept
+
+
+@pytest.mark.parametrize("where", ["mtl_dist.evaluate.eval_batches", "mtl_dist.data.batches.make_batch"])
+def test_a_rank_that_hangs_elsewhere_does_so_too(tiny: Path, where: str) -> None:
+    with pytest.raises(AssertionError) as error:
+        on_ranks(2, hang_in, where, tiny, "distributed.timeout_s=6", timeout_s=60, patience_s=30)
+    assert "rank 1 ended with exit code 1" in str(error.value)
+    assert "in hanging" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtl_dist.config import UserError
 from mtl_dist.model.encoder import Encoder, Shape, pack
-from mtl_dist.model.multitask import MultiTaskModel, load_model, save_model
+from mtl_dist.model.multitask import COVERED, MultiTaskModel, load_model, model_faults, save_model
 from mtl_dist.model.weights import EncoderConfig, build_encoder
 from mtl_dist.tasks import TaskConfig
 from mtl_dist.tokenizer import load_tokenizer
@@ -122,14 +122,14 @@ def test_a_later_save_replaces_the_earlier_one_whole(tmp_path: Path, tokenizer: 
     save_model(new_model(tokenizer), tokenizer, folder, {"step": 1})
     (folder / "encoder" / "of the first.txt").touch()
     # What a killed process may have left.
-    for left in (".best.new", ".best.old"):
+    for left in ("best.tmp", "best.old"):
         (tmp_path / left / "encoder").mkdir(parents=True)
         (tmp_path / left / "rubbish").touch()
 
     second = new_model(tokenizer, seed=1)
     save_model(second, tokenizer, folder, {"step": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
-    assert {path.name for path in folder.iterdir()} == {"encoder", "heads.safetensors", "scores.json"}
+    assert {path.name for path in folder.iterdir()} == {"encoder", "heads.safetensors", "scores.json", "sha256sums"}
     assert not (folder / "encoder" / "of the first.txt").exists()
     assert json.loads((folder / "scores.json").read_text()) == {"step": 2}
     assert all(map(torch.equal, outputs(load_model(folder, TASKS)[0]).values(), outputs(second).values()))
@@ -166,30 +166,58 @@ def test_other_tasks_than_the_saved_ones_are_a_users_error(
     )
 
 
-@pytest.mark.parametrize(
-    ("lost", "message"),
-    [
-        ("heads.safetensors", "{}: no saved model here"),
-        ("encoder/config.json", "{}/encoder/config.json: cannot be read as JSON"),
-        ("encoder/model.safetensors", "{}/encoder: no model.safetensors and no pytorch_model.bin"),
-        ("encoder/tokenizer.json", "{}/encoder: no tokenizer.json and no vocab.txt"),
-    ],
-)
-def test_a_file_lost_is_a_users_error(tmp_path: Path, tokenizer: Tokenizer, lost: str, message: str) -> None:
-    save_model(new_model(tokenizer), tokenizer, tmp_path, {})
-    (tmp_path / lost).unlink()
+LOST = {
+    "heads.safetensors": "{}: no saved model here",
+    "encoder/config.json": "{}/encoder/config.json: cannot be read as JSON",
+    "encoder/model.safetensors": "{}/encoder: no model.safetensors and no pytorch_model.bin",
+    "encoder/tokenizer.json": "{}/encoder: no tokenizer.json and no vocab.txt",
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_a_file_lost_is_a_users_error(tmp_path: Path, tokenizer: Tokenizer, lost: str) -> None:
+    save_model(new_model(tokenizer), tokenizer, tmp_path / "best", {})
+    (tmp_path / "best" / lost).unlink()
+    assert model_faults(tmp_path / "best") == [f"{lost} is damaged: its SHA-256 is another"]
+    with pytest.raises(UserError):
+        load_model(tmp_path / "best", TASKS)
+    (tmp_path / "best" / "sha256sums").unlink()
     with pytest.raises(UserError) as caught:
-        load_model(tmp_path, TASKS)
-    assert str(caught.value).startswith(message.format(tmp_path))
+        load_model(tmp_path / "best", TASKS)
+    assert str(caught.value).startswith(LOST[lost].format(tmp_path / "best"))
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_a_flipped_bit_is_noticed(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+    folder = tmp_path / "best"
+    save_model(new_model(tokenizer), tokenizer, folder, {})
+    assert model_faults(folder) == []
+    content = bytearray((folder / name).read_bytes())
+    content[-2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_model(folder, TASKS)
+    assert str(caught.value) == (
+        f"{folder}/{name} is damaged: its SHA-256 is another; if you changed it yourself, remove {folder}/sha256sums"
+    )
 
 
 def test_half_a_file_is_a_users_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_model(new_model(tokenizer), tokenizer, tmp_path / "best", {})
     path = tmp_path / "best" / "heads.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
+    (tmp_path / "best" / "sha256sums").unlink()
     with pytest.raises(UserError) as caught:
         load_model(tmp_path / "best", TASKS)
     assert str(caught.value).startswith(f"{path}: cannot be read: ") and "\n" not in str(caught.value)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = new_model(tokenizer)
+    model.encoder.embeddings.word.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"encoder\.embeddings\.word\.weight is infinite or NaN"):
+        save_model(model, tokenizer, tmp_path / "best", {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_joint_inputs_need_two_segments() -> None:

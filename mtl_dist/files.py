@@ -1,0 +1,86 @@
+"""Folders that appear as a whole or not at all, and files that are known by their hashes."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mtl_dist.config import UserError
+
+SUMS = "sha256sums"  # of the other files in a folder; `sha256sum -c` reads it as well
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(folder: Path, names: Iterable[str]) -> None:
+    """Lists the hashes of these files."""
+    (folder / SUMS).write_text("".join(_sum(folder, name) for name in names), encoding="utf-8")
+
+
+def damaged(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of these files that are not as the list of hashes has them."""
+    try:
+        listed = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError:
+        listed = []
+    return [name for name in names if _sum(folder, name) not in listed]
+
+
+def _sum(folder: Path, name: str) -> str:
+    try:
+        return f"{sha256_of(folder / name)}  {name}\n"
+    except OSError as error:
+        return f"{error.strerror}  {name}\n"  # which no list has
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def drafts(name: str) -> tuple[str, str]:
+    """What stands beside a folder for a moment: the new one, not yet whole, and the old one, not yet gone."""
+    return f"{name}.tmp", f"{name}.old"
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of another one; where that fails, nothing has changed."""
+    new, old = (folder.parent / name for name in drafts(folder.name))
+    try:
+        if new.exists():
+            shutil.rmtree(new)
+        new.mkdir(parents=True)
+        yield new
+        for path in (*new.rglob("*"), new):
+            sync(path)
+        if folder.exists():
+            if old.exists():
+                shutil.rmtree(old)
+            folder.rename(old)
+        new.rename(folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        put_back(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Undoes what a process did that was killed when it had moved the old folder away and not yet put the new one."""
+    old = folder.parent / drafts(folder.name)[1]
+    if old.exists() and not folder.exists():
+        old.rename(folder)

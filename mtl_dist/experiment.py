@@ -14,7 +14,6 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    PositiveFloat,
     PositiveInt,
     WithJsonSchema,
     model_validator,
@@ -30,7 +29,7 @@ from mtl_dist.data.read import Source
 from mtl_dist.distributed import DistributedConfig, Precision
 from mtl_dist.metrics import OVERALL
 from mtl_dist.model.weights import EncoderConfig, max_positions
-from mtl_dist.optim import EVERYTHING, AnySchedule, OptimConfig, Pattern
+from mtl_dist.optim import EVERYTHING, AnySchedule, OptimConfig, Pattern, Rate
 from mtl_dist.surgery.gradients import GradientsConfig
 from mtl_dist.tasks import SplitName, TaskConfig
 
@@ -74,7 +73,7 @@ class StageConfig(Config):
     mixer: AnyMixer | None = None
     epochs: Epochs | None = None
     steps: PositiveInt | None = None
-    lr: PositiveFloat | None = None
+    lr: Rate | None = None
     schedule: AnySchedule | None = None  # over the steps of the stage
     trains: Trains = TRAINS["all"]  # all, heads, or patterns of the names of parameters; optim.rules can freeze more
     gradients: GradientsConfig | None = None

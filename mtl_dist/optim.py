@@ -18,12 +18,15 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtl_dist.config import Config, UserError
 
+# Bounded, so that their products are numbers.
+Rate = Annotated[float, Field(gt=0, le=1e6)]
+WeightDecay = Annotated[float, Field(ge=0, le=1e6)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]
@@ -163,19 +166,19 @@ class Rule(Config):
     """What holds for the parameters that `match` fits; an aspect left out is for later rules to decide."""
 
     match: Pattern
-    lr_scale: PositiveFloat | None = None  # the learning rate, as a share of `lr`
+    lr_scale: Rate | None = None  # the learning rate, as a share of `lr`
     layer_decay: Decay | None = None  # multiplies it once more for each layer below the top one; embeddings come last
-    weight_decay: NonNegativeFloat | None = None  # in place of the optimizer's
+    weight_decay: WeightDecay | None = None  # in place of the optimizer's
     freeze: bool | None = None
 
 
 class OptimConfig(Config):
     """AdamW, its learning rate over time, and what differs between parameters."""
 
-    lr: PositiveFloat = 1e-5
+    lr: Rate = 1e-5
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-6
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: WeightDecay = 0.0
     implementation: Literal["auto", "foreach", "fused"] = "auto"  # foreach: ours; fused: torch's; auto: fused on CUDA
     schedule: AnySchedule = Constant()
     rules: list[Rule] = Field([Rule(match=r"(bias|norm\.weight)$", weight_decay=0.0), Rule(match=".*")])

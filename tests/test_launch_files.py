@@ -40,6 +40,17 @@ NAMES = list(PROMISED)
 ZERO = [1, 2, 3]
 
 
+@pytest.mark.parametrize("line", ["config.yaml output_dir=a 'mixer={kind: uniform}", 'config.yaml "a'])
+def test_a_line_of_a_study_that_is_not_quoted_trains_nothing(tmp_path: Path, line: str) -> None:
+    (tmp_path / "study.txt").write_text(f"# all of them\n{line}\n")
+    command = ["bash", str(ROOT / "slurm" / "array_study.sbatch"), "study.txt"]
+    done = subprocess.run(
+        command, env=os.environ | {"SLURM_ARRAY_TASK_ID": "1"}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == f"line 1 of study.txt is not quoted as in a shell: {line}\n"
+
+
 def path(name: str) -> Path:
     return ROOT / "accelerate_configs" / f"{name}.yaml"
 

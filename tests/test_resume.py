@@ -4,6 +4,7 @@ python -m pytest tests/test_resume.py
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,21 @@ def test_changes_are_shown_or_refused(tiny: Path, capsys: pytest.CaptureFixture[
     rows.write_text(rows.read_text() + "mood99\tbam\t1\n")
     with pytest.raises(UserError, match="the train rows of task 'mood' are others now"):
         run(two, *QUICK, "steps=12", resume="auto")
+    # A task that comes back begins with a new head.
+    with pytest.raises(UserError, match="the run has other tasks now: near"):
+        run(tiny, *QUICK, "steps=12", resume="auto")
+    more = load(Experiment, tiny, [*QUICK, "steps=12"])
+    assert train(more, resume="auto", allow_changes=True)["tasks"].keys() == {"mood", "same", "near"}
+
+
+def test_other_labels_or_words_are_other_rows(tiny: Path) -> None:
+    run(tiny, *QUICK, "steps=4")
+    labels = "tasks.mood.label={kind: classification, num_classes: 4}"
+    with pytest.raises(UserError, match="rows of task 'mood' are others now"):
+        run(tiny, *QUICK, labels, resume="auto")
+    words = tiny.parent / "words"
+    shutil.copytree(load(Experiment, tiny).encoder.tokenizer_source, words)
+    with (words / "vocab.txt").open("a") as file:
+        file.write("another\n")
+    with pytest.raises(UserError, match="rows of task 'mood' are others now"):
+        run(tiny, *QUICK, f"encoder.tokenizer={words}", resume="auto")

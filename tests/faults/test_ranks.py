@@ -21,6 +21,7 @@ from mtl_dist.config import UserError, load
 from mtl_dist.engine import Engine, Stepped
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
+from mtl_dist.surgery.combiners import PCGrad
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD
 from tests.training import far_apart, go_on_until, run, run_under
@@ -128,6 +129,57 @@ def test_a_loss_far_from_usual_is_told_with_its_rows(tiny: Path, capsys: pytest.
 
 def poisoned_highly(config: Path, *overrides: str) -> None:
     poisoned("near", [71], "ddp", config, *overrides, factor=20.0)
+
+
+def combined_to_infinity(calls: list[int], engine: str, config: Path, *overrides: str) -> dict[str, Any]:
+    """Trains; in these steps PCGrad's weights come out as infinite, on the rank that decides on them."""
+    made = 0
+    combine = PCGrad.combine
+
+    def infinite(combiner: PCGrad, *arguments: Any) -> Tensor:
+        nonlocal made
+        made += 1
+        return combine(combiner, *arguments) * (math.inf if made in calls else 1)
+
+    with patch.object(PCGrad, "combine", infinite):
+        return run_under(engine, config, *overrides)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+def test_a_gradient_that_surgery_made_infinite_is_left_out(tiny: Path, engine: str) -> None:
+    overrides = [*LAST, PCGRAD, "log.every_steps=1"]
+    before = on_ranks(2, run_under, engine, tiny, *overrides, "steps=2")[0]["parameters"]
+    for rank in on_ranks(2, combined_to_infinity, [3], engine, tiny, *overrides, "steps=3"):
+        assert far_apart(rank["parameters"], before) == 0
+    (fault,) = records(tiny, "fault")
+    assert fault["step"] == 3 and fault["rows"] == {}
+
+
+def poisoned_in_the_head(config: Path, *overrides: str) -> dict[str, Any]:
+    """Trains; in the third step one gradient of a head comes out as NaN on the last rank, where its loss is finite."""
+    backward, made = Engine.backward, 0
+
+    def poisoning(engine: Engine[MultiTaskModel], loss: Tensor) -> None:
+        nonlocal made
+        made += 1
+        hook = None
+        if made == 8 and os.environ["RANK"] == "1":  # of three tasks, the second
+            hook = next(engine.module.heads["same"].parameters()).register_hook(lambda grad: grad * math.nan)
+        backward(engine, loss)
+        if hook is not None:
+            hook.remove()
+
+    with patch.object(Engine, "backward", poisoning):
+        return run(config, *overrides)
+
+
+@pytest.mark.parametrize("policy", ["skip_step", "drop_task"])
+def test_a_nan_in_a_head_alone_leaves_the_step_out(tiny: Path, policy: str) -> None:
+    overrides = [*LAST, PCGRAD, "log.every_steps=1", f"gradients.nonfinite={policy}"]
+    before = on_ranks(2, run, tiny, *overrides, "steps=2")[0]["parameters"]
+    for rank in on_ranks(2, poisoned_in_the_head, tiny, *overrides, "steps=3"):
+        assert far_apart(rank["parameters"], before) == 0
+    assert records(tiny, "fault")[0]["step"] == 3
 
 
 def test_poisoned_weights_are_not_saved(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

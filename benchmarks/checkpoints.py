@@ -1,4 +1,4 @@
-"""How long does training wait for a checkpoint, and how long does it take to write, check and read one?
+"""How long does training wait for a checkpoint, and how long does it take to write and to check one?
 
     python benchmarks/checkpoints.py [--layers 12 --width 768] [--folder runs] [--repetitions 5]
 

@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mtl_dist import files
 from mtl_dist.config import Config, UserError, refusing
-from mtl_dist.files import SUMS, damaged, replacing, write_sums
+from mtl_dist.files import SUMS, replacing, write_sums
 
 FORMAT = 1
 STATE, TENSORS = "state.json", "tensors.safetensors"
@@ -58,13 +59,19 @@ class Snapshot:
 def write(folder: Path, snapshot: Snapshot) -> Path:
     """Puts a checkpoint into the folder of all, or nothing."""
     path = folder / f"step-{snapshot.done:08d}"
-    if bad := next((name for name, tensor in snapshot.tensors.items() if not tensor.isfinite().all()), None):
-        raise UserError(f"step {snapshot.done}: not saved, because {bad} is infinite or NaN; lower optim.lr")
+    refuse_infinite(f"step {snapshot.done}: not saved", snapshot.tensors.items())
     with replacing(path) as unfinished:
         save_file(snapshot.tensors, unfinished / TENSORS)
         (unfinished / STATE).write_text(snapshot.state, encoding="utf-8")
         write_sums(unfinished, COVERED)
     return path
+
+
+def refuse_infinite(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Keeps weights from being saved that training has lost."""
+    for name, tensor in tensors:
+        if not tensor.isfinite().all():
+            raise UserError(f"{what}: {name} is infinite or NaN; lower optim.lr")
 
 
 def all_in(folder: Path) -> list[Path]:
@@ -83,10 +90,8 @@ def step_of(path: Path) -> int:
 
 def faults(path: Path) -> list[str]:
     """What is wrong with a checkpoint; nothing, if it is whole."""
-    if not (path / SUMS).is_file():
-        return [f"{SUMS} is missing"]
-    if bad := damaged(path, COVERED):
-        return [f"{name} is damaged" if (path / name).exists() else f"{name} is missing" for name in bad]
+    if wrong := files.faults(path, COVERED):
+        return wrong
     try:
         version = json.loads((path / STATE).read_bytes())["format"]
     except (ValueError, KeyError, TypeError):

@@ -137,13 +137,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    from mtl_dist import files
     from mtl_dist.checkpoint import CHECKPOINTS, all_in, faults
-    from mtl_dist.model.multitask import BEST, model_faults
+    from mtl_dist.model.multitask import BEST, MODEL_FILES
 
     run = arguments.run_folder
     found = {path: faults(path) for path in all_in(run / CHECKPOINTS)}
     if (run / BEST).exists():
-        found[run / BEST] = model_faults(run / BEST)
+        found[run / BEST] = files.faults(run / BEST, MODEL_FILES)
     if not found:
         raise UserError(f"{run}: no checkpoints and no best model here")
     for path, wrong in found.items():

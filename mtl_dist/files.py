@@ -1,5 +1,6 @@
 """Folders that appear as a whole or not at all, and files that are known by their hashes."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -22,23 +23,25 @@ def sha256_of(path: Path) -> str:
 
 def write_sums(folder: Path, names: Iterable[str]) -> None:
     """Lists the hashes of these files."""
-    (folder / SUMS).write_text("".join(_sum(folder, name) for name in names), encoding="utf-8")
+    (folder / SUMS).write_text("".join(f"{sha256_of(folder / name)}  {name}\n" for name in names), encoding="utf-8")
 
 
-def damaged(folder: Path, names: Iterable[str]) -> list[str]:
-    """Those of these files that are not as the list of hashes has them."""
+def faults(folder: Path, names: Iterable[str]) -> list[str]:
+    """What is wrong with these files of a folder that has a list of their hashes; nothing, if it is whole."""
     try:
         listed = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError:
-        listed = []
-    return [name for name in names if _sum(folder, name) not in listed]
-
-
-def _sum(folder: Path, name: str) -> str:
-    try:
-        return f"{sha256_of(folder / name)}  {name}\n"
-    except OSError as error:
-        return f"{error.strerror}  {name}\n"  # which no list has
+        return [f"{SUMS} is missing"]
+    found = []
+    for name in names:
+        try:
+            if f"{sha256_of(folder / name)}  {name}\n" not in listed:
+                found.append(f"{name} is damaged: its SHA-256 is another")
+        except FileNotFoundError:
+            found.append(f"{name} is missing")
+        except OSError as error:
+            found.append(f"{name} cannot be read: {error.strerror}")
+    return found
 
 
 def sync(path: Path) -> None:
@@ -46,6 +49,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do not sync folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -57,7 +63,7 @@ def drafts(name: str) -> tuple[str, str]:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of another one; where that fails, nothing has changed."""
+    """An empty folder to fill, which then takes the place of another one; if it cannot be filled, nothing changes."""
     new, old = (folder.parent / name for name in drafts(folder.name))
     try:
         if new.exists():

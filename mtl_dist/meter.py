@@ -3,10 +3,10 @@
 import math
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from mtl_dist.config import UserError
 from mtl_dist.data.batches import Batch
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import place
+from mtl_dist.distributed import precision_of
 from mtl_dist.engine import Stepped
 from mtl_dist.experiment import Stage
 from mtl_dist.surgery.conflict import Conflict, mean_of
@@ -26,8 +27,7 @@ from mtl_dist.telemetry import Recorder, Screen, StepReport
 
 T = TypeVar("T")
 
-# A loss is a spike so many standard deviations above the mean of about the last OF_LATE steps of its task.
-SPIKE, OF_LATE, FIRST_STEPS = 6, 100, 50
+OF_LATE = 100  # losses of a task with which the next one is compared
 
 
 class Meter:
@@ -38,6 +38,7 @@ class Meter:
         self.sizes = sizes
         self.draws = dict.fromkeys(sizes, 0)
         self.skipped = 0
+        self.start(())
         self.restart()
 
     def state(self) -> dict[str, Any]:
@@ -131,7 +132,7 @@ class Meter:
         here = [
             (batch.task, list(zip(loss_N.tolist(), batch.rows.tolist(), strict=True)))
             for batch, loss_N in self.of_step
-            if batch.task in tasks
+            if batch.task in tasks and batch.weight_N.any()  # or it fills in for rows that this rank has not
         ]
         found: dict[str, list[tuple[float, int]]] = {task: [] for task in tasks}
         for task, rows in gather_object(here):
@@ -184,29 +185,7 @@ def enough_memory(batch: Batch, step: int) -> Iterator[None]:
         ) from error
 
 
-@dataclass
-class Usual:
-    """What a task's loss has been like of late."""
-
-    steps: int = 0
-    mean: float = 0.0
-    variance: float = 0.0
-
-    @property
-    def most(self) -> float:
-        """What a loss must exceed to be a spike."""
-        return self.mean + SPIKE * math.sqrt(self.variance) if self.steps >= FIRST_STEPS else math.inf
-
-    def learn(self, loss: float) -> None:
-        """Takes the loss of another step into account, and forgets what is long ago."""
-        self.steps += 1
-        share = 1 / min(self.steps, OF_LATE)
-        away = loss - self.mean
-        self.mean += share * away
-        self.variance = (1 - share) * (self.variance + share * away**2)
-
-
-class Faults:
+class Alarms:
     """Says from which rows gradients came that are no numbers, or losses that are far from usual.
 
     Ends the run where it was told to, or when there are too many steps in a row whose gradients are no numbers.
@@ -226,16 +205,18 @@ class Faults:
         self.screen = screen
         self.recorder = recorder
         self.in_a_row = 0
-        self.usual = {task: Usual() for task in splits}
+        self.of_late = {task: deque[float](maxlen=OF_LATE) for task in splits}
 
     def state(self) -> dict[str, Any]:
         """What was seen so far, the same on all ranks."""
-        return {"in_a_row": self.in_a_row, "usual": {task: asdict(usual) for task, usual in self.usual.items()}}
+        return {"in_a_row": self.in_a_row, "of_late": {task: list(losses) for task, losses in self.of_late.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
         self.in_a_row = state["in_a_row"]
-        self.usual |= {task: Usual(**usual) for task, usual in state["usual"].items() if task in self.usual}
+        for task, losses in state["of_late"].items():
+            if task in self.of_late:
+                self.of_late[task].extend(losses)
 
     def after(self, done: int, stage: Stage, stepped: Stepped, dropped: set[str], losses: Mapping[str, float]) -> None:
         """Looks at a step; every rank finds the same."""
@@ -244,12 +225,13 @@ class Faults:
         else:
             self.in_a_row = 0
         finite = {task: loss for task, loss in losses.items() if math.isfinite(loss)}
-        self._spikes(done, stage, {task: loss for task, loss in finite.items() if loss > self.usual[task].most})
+        self._spikes(done, stage, {task: loss for task, loss in finite.items() if self._jumps(task, loss)})
         for task, loss in finite.items():
-            self.usual[task].learn(loss)
+            self.of_late[task].append(loss)
 
     def _no_number(self, done: int, stage: Stage, dropped: set[str], tasks: list[str]) -> None:
-        if self.accelerator.scaler is not None and not (tasks or dropped):
+        scaled = self.accelerator.scaler is not None or precision_of(self.accelerator) == "fp16"
+        if scaled and not (tasks or dropped):
             return  # an overflow, for which fp16's losses are scaled
         self.in_a_row += 1
         rows = self.meter.losses_of_rows(tasks) if tasks else {}
@@ -269,6 +251,11 @@ class Faults:
         if self.recorder:
             self.recorder.record(done, "fault", {"stage": stage.name, "rows": places, "dropped": sorted(dropped)})
 
+    def _jumps(self, task: str, loss: float) -> bool:
+        """Whether a loss is more than twice the highest one of late; standard deviations would mind long tails."""
+        of_late = self.of_late[task]
+        return len(of_late) >= OF_LATE // 2 and loss > 2 * max(of_late) > 0
+
     def _spikes(self, done: int, stage: Stage, spikes: Mapping[str, float]) -> None:
         if not spikes:
             return
@@ -278,12 +265,13 @@ class Faults:
             places[task] = self._places(task, [row for _, row in highest])
             at = ", ".join(f"{place} ({loss:.3g})" for (loss, _), place in zip(highest, places[task], strict=True))
             self.screen.line(
-                f"step {done}: the loss of task '{task}' is {spikes[task]:.3g}, {self.usual[task].mean:.3g} of late; "
-                f"highest at {at}"
+                f"step {done}: the loss of task '{task}' is {spikes[task]:.3g}, at most "
+                f"{max(self.of_late[task]):.3g} of late; highest at {at}"
             )
         if self.recorder:
-            usual = {task: self.usual[task].mean for task in spikes}
-            self.recorder.record(done, "spike", {"stage": stage.name, "loss": spikes, "usual": usual, "rows": places})
+            before = {task: max(self.of_late[task]) for task in spikes}
+            record = {"stage": stage.name, "loss": spikes, "highest_before": before, "rows": places}
+            self.recorder.record(done, "spike", record)
 
     def _places(self, task: str, rows: Iterable[int]) -> list[str]:
         split = self.splits[task]

@@ -17,6 +17,7 @@ from mtl_dist.data.prepare import Split
 from mtl_dist.distributed import engine_name, precision_of
 from mtl_dist.engine import Engine
 from mtl_dist.experiment import Experiment
+from mtl_dist.files import put_back
 from mtl_dist.model.multitask import BEST, MultiTaskModel
 from mtl_dist.telemetry import plain_table
 
@@ -56,6 +57,8 @@ def checkpoint_to_resume(
 
 def _last(run: Path, warn: Callable[[str], object]) -> Checkpoint | None:
     folder = run / CHECKPOINTS
+    for old in folder.glob("step-*.old"):
+        put_back(old.with_suffix(""))
     checkpoint, problems = last_whole(folder)
     for problem in problems:
         warn(f"{run}: {problem}")

@@ -29,12 +29,11 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Te
 from rich.table import Table
 
 from mtl_dist.config import refusing
-from mtl_dist.files import drafts
 from mtl_dist.metrics import OVERALL
 
 log = logging.getLogger(__name__)
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"  # in the run folder
+METRICS, DRAFT, TENSORBOARD = "metrics.jsonl", "metrics.jsonl.tmp", "tensorboard"  # in the run folder
 MOST_TASKS = 24  # whose pairs become scalars: 276 of them, and TensorBoard has a chart for each
 
 # Of heatmaps, in pixels but for the number of cells. Shape suffixes: R = rows, C = columns.
@@ -178,7 +177,8 @@ def _keep_until(step: int, metrics: Path) -> None:
         return
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    draft = metrics.with_name(drafts(metrics.name)[0])
+    draft = metrics.with_name(DRAFT)
+    draft.unlink(missing_ok=True)
     draft.write_text("".join(kept), encoding="utf-8")
     draft.replace(metrics)
 

@@ -40,11 +40,11 @@ from mtl_dist.distributed import (
     refuse_differences,
     seed_step,
 )
-from mtl_dist.engine import start_engine
+from mtl_dist.engine import Engine, start_engine
 from mtl_dist.evaluate import Scores, deciding_score, main_scores, score_all
 from mtl_dist.experiment import Experiment, Stage
 from mtl_dist.files import drafts, put_back
-from mtl_dist.meter import Faults, Meter, enough_memory
+from mtl_dist.meter import Alarms, Meter, enough_memory
 from mtl_dist.model.multitask import BEST, SCORES, MultiTaskModel, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
@@ -60,6 +60,7 @@ from mtl_dist.resume import (
 )
 from mtl_dist.surgery.gradients import Gradients, groups_of
 from mtl_dist.telemetry import (
+    DRAFT,
     METRICS,
     TENSORBOARD,
     Recorder,
@@ -74,7 +75,7 @@ from mtl_dist.tokenizer import load_tokenizer
 
 REJECTED = "rejected.tsv"
 # All that a run leaves in its folder.
-RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, *drafts(METRICS), TENSORBOARD, CHECKPOINTS, LOCK, BEST, *drafts(BEST)}
+RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, DRAFT, TENSORBOARD, CHECKPOINTS, LOCK, BEST, *drafts(BEST)}
 
 T = TypeVar("T")
 Splits = dict[str, dict[str, Split]]  # by the name of the split, then by task
@@ -114,12 +115,11 @@ def _train(
     model = first_then_others(accelerator, lambda: build_model(config, tokenizer, device.type))
     now = about(accelerator, config, splits["train"])
     refuse_differences(accelerator, compared(now, OF_A_NODE))
-    # First of all: whoever has the folder may still be saving.
-    on_one(accelerator, lambda: lock.take(config.output_dir, 120 if resume == "auto" else 0, console.print))
-    resumed = on_one(
-        accelerator, lambda: checkpoint_to_resume(resume, now, config.output_dir, allow_changes, console.print)
-    )
-    goes_on_here = on_one(accelerator, lambda: start_run_folder(config, splits, overwrite or resume == "auto", resumed))
+    folder, auto = config.output_dir, resume == "auto"
+    # First of all the lock: whoever has the folder may still be saving.
+    on_one(accelerator, lambda: lock.take(folder, 120 if auto else 0, console.print))
+    resumed = on_one(accelerator, lambda: checkpoint_to_resume(resume, now, folder, allow_changes, console.print))
+    goes_on_here = on_one(accelerator, lambda: start_run_folder(config, splits, overwrite or auto, resumed))
 
     console.print(data_table(splits))
     for line in train_rows_in_dev(splits["train"], splits["dev"]):
@@ -151,32 +151,25 @@ def _train(
         Watchdog(config.distributed.timeout_s, world) as watchdog,
     ):
         judge = Judge(accelerator, config, splits["dev"], tokenizer, screen, recorder, watchdog.watch)
-        faults = Faults(accelerator, meter, splits["train"], screen, recorder)
+        alarms = Alarms(accelerator, meter, splits["train"], screen, recorder)
         if resumed is not None:
-            faults.load(resumed.state["faults"])
+            alarms.load(resumed.state["alarms"])
             if goes_on_here:  # elsewhere the best model was left behind
                 judge.load(resumed.state)
 
         def state(stage: Stage, step: int, gradients: Gradients) -> dict[str, Any]:
             """Where the run is: so many steps of a stage are done; and what is known of it until then."""
-            counted = {"meter": meter.state(), "faults": faults.state(), "combiner": gradients.state}
+            counted = {"meter": meter.state(), "alarms": alarms.state(), "combiner": gradients.state}
             return {"stage": stage.number, "step": step, **counted, **judge.state()}
 
         for stage, order in zip(stages, orders, strict=True):
             if stage.number < first_stage:
                 continue
             start = first_step if stage.number == first_stage else 0
+            ended_before = resumed is not None and stage.number == first_stage and start == order.steps
             if len(stages) > 1:
                 screen.line(f"stage {stage.name}: {', '.join(stage.tasks)}, {order.steps:,} steps")
-            optimizer = stage_optimizer(model, stage, device.type)
-            if stage.carry_moments:
-                optimizer.state.update({p: carried[p] for p in model.parameters() if p.requires_grad and p in carried})
-            reached = {name: {parameter for parameter, _ in model.reached_by(name)} for name in stage.tasks}
-            engine = start_engine(accelerator, model, optimizer, stage.gradients.clip_norm, reached)
-            most_tasks = stage.mixer.most_tasks(len(stage.tasks))
-            gradients = Gradients(engine, stage.gradients, most_tasks, (config.seed, stage.number))
-            if gradients.rows is None and (stage.gradients.operates or stage.gradients.measure):
-                screen.line("the tasks share nothing that is trained: there are no gradients to combine or to measure")
+            optimizer, engine, gradients = start_stage(accelerator, model, stage, carried, config.seed, screen)
             meter.start_clock()
             if resumed is not None and start > 0:
                 engine.restore(moments_of(resumed, "moments"))
@@ -215,7 +208,7 @@ def _train(
                 done += 1
                 losses = meter.step(stepped, gradients.dropped)
                 gradients.observe(losses)
-                faults.after(done, stage, stepped, gradients.dropped, losses)
+                alarms.after(done, stage, stepped, gradients.dropped, losses)
 
                 if done % config.log.every_steps == 0 or step + 1 == order.steps:
                     report = meter.report(stage.name, done, optimizer)
@@ -236,14 +229,14 @@ def _train(
                         break
             if stop:
                 break
-            carried = carried | optimizer.state if any(s.carry_moments for s in stages[stage.number + 1 :]) else {}
-            if not (resumed and stage.number == first_stage and first_step == order.steps and judge.best):
-                with engine.whole() as whole:
+            if not (ended_before and judge.is_up_to_date):
+                with meter.paused(), engine.whole() as whole:
                     judge.evaluate(whole, stage.name, done)
                 watchdog.watch()
                 saver.save(done, engine, carried, state(stage, order.steps, gradients))
+            carried = carried | optimizer.state if any(s.carry_moments for s in stages[stage.number + 1 :]) else {}
             model = engine.close()
-            if stage is not stages[-1] and (stop := stops.agreed()):
+            if not ended_before and stage is not stages[-1] and (stop := stops.agreed()):
                 break
         watchdog.watch()
         on_one(accelerator, lambda: saver.finish(stop))
@@ -311,6 +304,26 @@ def stage_optimizer(model: MultiTaskModel, stage: Stage, device_type: str) -> Op
     return optimizer
 
 
+def start_stage(
+    accelerator: Accelerator,
+    model: MultiTaskModel,
+    stage: Stage,
+    carried: Mapping[Tensor, dict[str, Any]],
+    seed: int,
+    screen: Screen,
+) -> tuple[Optimizer, Engine[MultiTaskModel], Gradients]:
+    """What trains in a stage; the optimizer goes on with `carried` moments, where the stage says so."""
+    optimizer = stage_optimizer(model, stage, accelerator.device.type)
+    if stage.carry_moments:
+        optimizer.state.update({p: carried[p] for p in model.parameters() if p.requires_grad and p in carried})
+    reached = {name: {parameter for parameter, _ in model.reached_by(name)} for name in stage.tasks}
+    engine = start_engine(accelerator, model, optimizer, stage.gradients.clip_norm, reached)
+    gradients = Gradients(engine, stage.gradients, stage.mixer.most_tasks(len(stage.tasks)), (seed, stage.number))
+    if gradients.rows is None and (stage.gradients.operates or stage.gradients.measure):
+        screen.line("the tasks share nothing that is trained: there are no gradients to combine or to measure")
+    return optimizer, engine, gradients
+
+
 def train_batches(
     config: Experiment, stage: Stage, order: Order, splits: Mapping[str, Split], rank: int, world: int
 ) -> TrainBatches:
@@ -350,11 +363,12 @@ def start_run_folder(config: Experiment, splits: Splits, overwrite: bool, resume
             put_back(folder / BEST)
         else:
             clear(folder, overwrite)
+        for name in (REJECTED, CONFIG_FILE):
+            (folder / name).unlink(missing_ok=True)  # it may be a link
         with (folder / REJECTED).open("w", encoding="utf-8") as file:
             for by_task in splits.values():
-                for name, split in by_task.items():
-                    file.writelines(f"{name}\t{place(split.source, b.line)}\t{b.message}\n" for b in split.rejected())
-        (folder / CONFIG_FILE).unlink(missing_ok=True)  # it may be a link
+                for task, split in by_task.items():
+                    file.writelines(f"{task}\t{place(split.source, b.line)}\t{b.message}\n" for b in split.rejected())
         (folder / CONFIG_FILE).write_text(dump(config), encoding="utf-8")
         (folder / CHECKPOINTS).mkdir(exist_ok=True)
     return goes_on_here
@@ -418,7 +432,7 @@ class Judge:
         best = state["best"]
         if best and best["tasks"].keys() != self.splits.keys():
             return
-        self.after_stage = state["after_stage"]
+        self.after_stage, self.unsaved = state["after_stage"], state["unsaved"]
         if on_one(self.accelerator, lambda: saved_scores(self.config.output_dir / BEST)) == best:
             self.best = best
         elif best:
@@ -428,7 +442,12 @@ class Judge:
 
     def state(self) -> dict[str, Any]:
         """The scores so far."""
-        return {"best": self.best, "after_stage": self.after_stage}
+        return {"best": self.best, "after_stage": self.after_stage, "unsaved": self.unsaved}
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether the run folder has the best model so far."""
+        return bool(self.best) and not self.unsaved
 
     def evaluate(self, model: MultiTaskModel, stage: str, step: int) -> None:
         """Scores all tasks after a step; every rank must take part."""
@@ -447,16 +466,16 @@ class Judge:
                 on_one(self.accelerator, lambda: save_model(model, self.tokenizer, config.output_dir / BEST, best))
                 self.best, self.unsaved = best, None
             except UserError as error:
-                self.unsaved = str(error)
-                self.screen.line(f"step {step}: the best model is not saved: {error}")
+                self.unsaved = f"step {step}: the best model is not saved: {error}"
+                self.screen.line(self.unsaved)
 
 
-def saved_scores(folder: Path) -> Scores:
-    """The scores of the model in a folder; none where there is no model."""
+def saved_scores(folder: Path) -> Any:
+    """The scores of the model in a folder, if there is one."""
     try:
-        return dict(json.loads((folder / SCORES).read_text(encoding="utf-8")))
+        return json.loads((folder / SCORES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        return None
 
 
 def data_table(splits: Splits) -> Table:

@@ -102,8 +102,10 @@ def test_every_step_of_several_stages(tiny: Path) -> None:
     whole = run(tiny, *overrides)
     expected = told(tiny)
     afresh(tiny)
-    for _ in range(5):  # one step at a time
+    checkpoints = tiny.parent / "run" / "checkpoints"
+    for done in range(1, 6):  # one step at a time
         go_on_until(1, "ddp", tiny, *overrides)
+        assert max(path.name for path in checkpoints.iterdir()) == f"step-{done:08d}"
     resumed = go_on_until(None, "ddp", tiny, *overrides)
     assert far_apart(resumed["parameters"], whole["parameters"]) == 0
     assert resumed["scores"] == whole["scores"]

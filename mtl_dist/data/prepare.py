@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from mtl_dist.config import UserError
 from mtl_dist.data.read import BadRow, File, Source, fingerprint, name_of, place, read_rows
-from mtl_dist.files import damaged, write_sums
+from mtl_dist.files import faults, write_sums
 from mtl_dist.tasks import Example, TaskConfig
 from mtl_dist.tokenizer import Encoded, encode, encode_in_worker, start_worker
 
@@ -145,7 +145,7 @@ def prepare(
     rows = fingerprint(source)
     key = _key(task, source, rows, tokenizer, max_length, labelled)
     folder = cache_dir / key
-    if damaged(folder, COVERED):
+    if faults(folder, COVERED):
         work = folder.with_name(f".{key}.{uuid4().hex[:8]}")
         unfinished = work / "new"
         try:
@@ -153,13 +153,13 @@ def prepare(
             _write(unfinished, task, source, tokenizer, max_length, labelled, on_rows)
             if fingerprint(source) != rows:  # or other rows would stand under this file's key
                 raise UserError(f"{name_of(source)} changed while it was read; start again when it is written")
-            if os.path.lexists(folder) and damaged(folder, COVERED):  # not made by another process in the meantime
+            if os.path.lexists(folder) and faults(folder, COVERED):  # not made by another process in the meantime
                 log.warning("cache_dir: %s is damaged; it is written anew", folder)
                 folder.rename(work / "damaged")
             unfinished.rename(folder)
         except OSError as error:
             # Another process may have been faster: its entry is as good as ours.
-            if damaged(folder, COVERED):
+            if faults(folder, COVERED):
                 raise UserError(f"cache_dir: cannot write {work}: {error.strerror or error}") from error
         except BrokenProcessPool as error:
             raise UserError(

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from mtl_dist.checkpoint import refuse_infinite
 from mtl_dist.config import UserError
-from mtl_dist.files import SUMS, damaged, replacing, write_sums
+from mtl_dist.files import SUMS, faults, replacing, write_sums
 from mtl_dist.model.encoder import Encoder, Packed
 from mtl_dist.model.heads import pool
 from mtl_dist.model.weights import ENCODER_FILES, EncoderConfig, build_encoder, save_checkpoint
@@ -20,7 +21,7 @@ from mtl_dist.tokenizer import load_tokenizer
 
 BEST = "best"  # where a run folder keeps its best model
 HEADS, SCORES = "heads.safetensors", "scores.json"
-COVERED = (*(f"encoder/{name}" for name in ENCODER_FILES), HEADS, SCORES)  # by the list of hashes beside them
+MODEL_FILES = (*(f"encoder/{name}" for name in ENCODER_FILES), HEADS, SCORES)  # by the list of hashes beside them
 
 
 class MultiTaskModel(nn.Module):
@@ -59,21 +60,13 @@ class MultiTaskModel(nn.Module):
 
 def save_model(model: MultiTaskModel, tokenizer: Tokenizer, folder: Path, scores: Mapping[str, Any]) -> None:
     """Puts encoder (which transformers opens), heads.safetensors and scores.json in place of what `folder` held."""
-    if bad := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
-        raise UserError(f"cannot write {folder}: {bad} is infinite or NaN")
+    refuse_infinite(f"cannot write {folder}", model.named_parameters())
     with replacing(folder) as unfinished:
         save_checkpoint(model.encoder, tokenizer, unfinished / "encoder")
         heads = {name: tensor.detach().cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
         save_file(heads, unfinished / HEADS)
         (unfinished / SCORES).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-        write_sums(unfinished, COVERED)
-
-
-def model_faults(folder: Path) -> list[str]:
-    """What is wrong with the files of a saved model."""
-    if not (folder / SUMS).exists():  # it may have been taken away by who changed them
-        return [f"{SUMS} is missing"]
-    return [f"{name} is damaged: its SHA-256 is another" for name in damaged(folder, COVERED)]
+        write_sums(unfinished, MODEL_FILES)
 
 
 def load_model(folder: Path, tasks: Mapping[str, TaskConfig]) -> tuple[MultiTaskModel, Tokenizer]:
@@ -81,7 +74,7 @@ def load_model(folder: Path, tasks: Mapping[str, TaskConfig]) -> tuple[MultiTask
     path = folder / HEADS
     if not path.is_file():
         raise UserError(f"{folder}: no saved model here")
-    if (folder / SUMS).exists() and (wrong := model_faults(folder)):
+    if (folder / SUMS).exists() and (wrong := faults(folder, MODEL_FILES)):
         raise UserError(f"{folder}/{wrong[0]}; if you changed it yourself, remove {folder / SUMS}")
     encoder = EncoderConfig.model_validate({"from": str(folder / "encoder")})
     tokenizer = load_tokenizer(encoder.tokenizer_source)

@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -36,12 +37,13 @@ from mtl_dist.checkpoint import (
 )
 from mtl_dist.cli import main
 from mtl_dist.config import UserError, load
-from mtl_dist.distributed import Stops
 from mtl_dist.engine import Engine, Stepped
 from mtl_dist.experiment import Experiment
 from mtl_dist.files import write_sums
 from mtl_dist.model import multitask
+from mtl_dist.resume import checkpoint_to_resume
 from mtl_dist.train import train
+from tests.distributed import on_ranks
 from tests.training import far_apart, run
 
 QUICK = ["log.tensorboard=false", "steps=8", "evaluate.every_steps=2", "checkpoint.keep=3"]
@@ -83,20 +85,20 @@ def die_after(moment: int, folder: Path) -> None:
     write(folder, snapshot(2))
 
 
-def test_killed_at_every_moment_of_a_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [1, 2])  # another step; the same one, as a stage without steps has it
+def test_killed_at_every_moment_of_a_save(tmp_path: Path, before: int) -> None:
     died = 0
     for moment in range(1, 20):
-        folder = tmp_path / str(moment)
-        write(folder, snapshot(1))
+        folder = tmp_path / str(moment) / CHECKPOINTS
+        write(folder, snapshot(before))
         child = os.fork()
         if child == 0:
             die_after(moment, folder)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        last, problems = last_whole(folder)
+        last = checkpoint_to_resume("auto", {}, folder.parent, True, pytest.fail)
         assert last is not None
-        assert not problems
-        assert last.step in (1, 2)
+        assert last.step in (before, 2)
         if status == 0:
             assert last.step == 2
             break
@@ -367,8 +369,8 @@ def test_a_slow_disk_writes_the_run_as_it_stood(tiny: Path, monkeypatch: pytest.
     save_file = checkpoint.save_file
 
     def slow(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        save_file(tensors, path)
         time.sleep(1)  # in which training goes on to the end
+        save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
     run(tiny, *steady)
@@ -410,17 +412,18 @@ def test_what_is_saved_while_a_job_waits_for_the_folder_counts(
 
 def stopped(config: Path, *overrides: str) -> tuple[int, bool]:
     """The exit code of a run that hears a USR1 in its third step, and whether it asks for a requeue."""
-    agreed, asked, requeue = Stops.agreed, 0, config.parent / "requeue"
+    step, steps, requeue = Engine.step, 0, config.parent / "requeue"
 
-    def heard(stops: Stops) -> signal.Signals | None:
-        nonlocal asked
-        asked += 1
-        if asked == 3:
+    def heard(engine: Engine[Any]) -> Stepped:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
             signal.raise_signal(signal.SIGUSR1)
-        return agreed(stops)
+        return step(engine)
 
-    with patch.object(Stops, "agreed", heard), patch.dict(os.environ, MTL_DIST_REQUEUE_FILE=str(requeue)):
+    with patch.object(Engine, "step", heard), patch.dict(os.environ, MTL_DIST_REQUEUE_FILE=str(requeue)):
         code = main(["train", str(config), *overrides, "--overwrite"])
+    assert steps == 3
     return code, requeue.exists()
 
 
@@ -446,7 +449,7 @@ def test_a_stop_of_poisoned_weights_asks_for_no_requeue(tiny: Path, capsys: pyte
 
     with patch.object(Engine, "step", poisoning):
         assert stopped(tiny, *QUICK, "evaluate.every_steps=8") == (2, False)
-    assert "step 3: not saved, because weights/encoder." in capsys.readouterr().out
+    assert "step 3: not saved: weights/encoder." in capsys.readouterr().out
 
 
 def test_a_stop_that_only_cannot_clear_up_is_a_stop(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,9 +499,50 @@ def test_a_best_model_that_cannot_be_saved_is_tried_again(
         run(tiny, *QUICK)
     assert faults(all_in(tiny.parent / "run" / CHECKPOINTS)[0]) == []
     # When there is room, it is made up for.
-    tried.clear()
     monkeypatch.setattr(multitask, "save_file", saved)
     assert far_apart(run(tiny, *QUICK, resume="auto")["kept"], whole["parameters"]) == 0
+
+
+def test_a_last_model_that_could_not_be_saved_is_made_up_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    none = [*QUICK, "tasks.mood.dev=null", "tasks.same.dev=null", "tasks.near.dev=null"]
+    saved, tried = multitask.save_file, 0
+
+    def full_at_last(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        nonlocal tried
+        tried += 1
+        if tried == 4:
+            raise OSError(28, "No space left on device")
+        saved(tensors, path)
+
+    monkeypatch.setattr(multitask, "save_file", full_at_last)
+    with pytest.raises(
+        UserError, match=r"step 8: the best model is not saved: cannot write .*: No space left on device"
+    ):
+        run(tiny, *none)
+    assert json.loads((tiny.parent / "run" / "best" / "scores.json").read_text())["step"] == 6
+    assert run(tiny, *none, resume="auto")["scores"]["step"] == 8
+
+
+def run_without_room(config: Path, *overrides: str) -> dict[str, Any]:
+    """Trains; the first process cannot save the best model of step 2."""
+    saved, tried = multitask.save_file, 0
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        nonlocal tried
+        tried += 1
+        if tried == 1:
+            raise OSError(28, "No space left on device")
+        saved(tensors, path)
+
+    with patch.object(multitask, "save_file", full):
+        return run(config, *overrides)
+
+
+@pytest.mark.slow
+def test_a_best_model_that_one_rank_cannot_save_is_none_on_all(tiny: Path) -> None:
+    first, second = on_ranks(2, run_without_room, tiny, *QUICK)
+    assert first["scores"] == second["scores"]
+    assert first["scores"]["step"] > 2  # with a score that any later one is better than, or equal to
 
 
 def test_a_kill_between_two_best_models_leaves_one(tiny: Path, saved: Path) -> None:
@@ -554,12 +598,41 @@ def test_links_in_a_run_folder_lead_nowhere(tiny: Path, saved: Path) -> None:
     precious.write_text("mine")
     (saved.parent / "config.yaml").unlink()
     (saved.parent / "config.yaml").symlink_to(precious)
+    (saved.parent / "rejected.tsv").unlink()
+    (saved.parent / "rejected.tsv").symlink_to(precious)
+    (saved.parent / "metrics.jsonl.tmp").symlink_to(precious)
     run(tiny, *QUICK, resume="auto")
+    assert not (saved.parent / "metrics.jsonl").is_symlink()
     (saved.parent / LOCK).unlink()
     (saved.parent / LOCK).symlink_to(precious)
     with pytest.raises(UserError, match="Too many levels of symbolic links"):
         run(tiny, *QUICK, resume="auto")
     assert precious.read_text() == "mine"
+
+
+def test_a_file_system_that_does_not_sync_folders(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def refusing(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    run(tiny, *QUICK)
+    assert faults(all_in(tiny.parent / "run" / CHECKPOINTS)[0]) == []
+
+
+def test_a_file_that_cannot_be_read_back_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, snapshot(1))
+
+    def failing(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "sha256_of", failing)
+    with pytest.raises(UserError, match="step-00000002: Input/output error"):
+        write(tmp_path, snapshot(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_a_file_system_without_locks_is_told(

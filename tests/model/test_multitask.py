@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mtl_dist.config import UserError
+from mtl_dist.files import faults
 from mtl_dist.model.encoder import Encoder, Shape, pack
-from mtl_dist.model.multitask import COVERED, MultiTaskModel, load_model, model_faults, save_model
+from mtl_dist.model.multitask import MODEL_FILES, MultiTaskModel, load_model, save_model
 from mtl_dist.model.weights import EncoderConfig, build_encoder
 from mtl_dist.tasks import TaskConfig
 from mtl_dist.tokenizer import load_tokenizer
@@ -178,7 +179,7 @@ LOST = {
 def test_a_file_lost_is_a_users_error(tmp_path: Path, tokenizer: Tokenizer, lost: str) -> None:
     save_model(new_model(tokenizer), tokenizer, tmp_path / "best", {})
     (tmp_path / "best" / lost).unlink()
-    assert model_faults(tmp_path / "best") == [f"{lost} is damaged: its SHA-256 is another"]
+    assert faults(tmp_path / "best", MODEL_FILES) == [f"{lost} is missing"]
     with pytest.raises(UserError):
         load_model(tmp_path / "best", TASKS)
     (tmp_path / "best" / "sha256sums").unlink()
@@ -187,11 +188,11 @@ def test_a_file_lost_is_a_users_error(tmp_path: Path, tokenizer: Tokenizer, lost
     assert str(caught.value).startswith(LOST[lost].format(tmp_path / "best"))
 
 
-@pytest.mark.parametrize("name", COVERED)
+@pytest.mark.parametrize("name", MODEL_FILES)
 def test_a_flipped_bit_is_noticed(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
     folder = tmp_path / "best"
     save_model(new_model(tokenizer), tokenizer, folder, {})
-    assert model_faults(folder) == []
+    assert faults(folder, MODEL_FILES) == []
     content = bytearray((folder / name).read_bytes())
     content[-2] ^= 1
     (folder / name).write_bytes(content)

@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 from mtl_dist.config import Config, UserError
 
 # Bounded, so that their products are numbers.
-Rate = Annotated[float, Field(gt=0, le=1e6)]
-WeightDecay = Annotated[float, Field(ge=0, le=1e6)]
+Rate = Annotated[float, Field(gt=0, le=1e15)]
+WeightDecay = Annotated[float, Field(ge=0, le=1e15)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]

@@ -240,7 +240,7 @@ class Alarms:
             for task, found in rows.items()
         }
         where = "; ".join(
-            f"the loss of task '{task}' is no number at {', '.join(at[:3])}" for task, at in places.items()
+            f"the loss of task '{task}' is no number at {', '.join(at[:3])}" for task, at in places.items() if at
         )
         what = f"step {done}: {where or 'the gradient is infinite or NaN'}"
         policy = stage.gradients

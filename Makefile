@@ -1,5 +1,5 @@
 # make demo    install, generate the demo corpus, train three tasks on two processes
-# make test    install, then ruff, mypy and pytest; test-fast leaves out what takes long
+# make test    install, then ruff, mypy and pytest: some 20 minutes on two cores; test-fast leaves out what takes long: 5
 # make setup   the install alone; does nothing the second time
 
 PYTHON ?= python3

@@ -152,25 +152,30 @@ class RunLock:
         with refusing(f"output_dir: cannot write {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+", encoding="utf-8")
-        deadline = time.monotonic() + patience_s
+        deadline, waited = time.monotonic() + patience_s, False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
                 if time.monotonic() < deadline:
+                    if not waited:
+                        tell(f"{holder} is training in {folder}; waiting for it for {patience_s:.0f} s")
+                    waited = True
                     time.sleep(1)
                     continue
-                holder = file.read().strip() or "another process"
                 file.close()
                 raise UserError(f"output_dir: {holder} is training in {folder}; choose another folder") from None
             except OSError as error:  # a file system that knows no locks
                 tell(f"{path}: {error.strerror}; nothing keeps a second job out of this folder")
                 break
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
         self.file = file
+        with refusing(f"output_dir: cannot write {path}"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
 
     def __enter__(self) -> Self:
         return self

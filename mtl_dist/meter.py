@@ -243,13 +243,13 @@ class Alarms:
             f"the loss of task '{task}' is no number at {', '.join(at[:3])}" for task, at in places.items() if at
         )
         what = f"step {done}: {where or 'the gradient is infinite or NaN'}"
+        if self.recorder:
+            self.recorder.record(done, "fault", {"stage": stage.name, "rows": places, "dropped": sorted(dropped)})
         policy = stage.gradients
         if policy.nonfinite == "stop" or self.in_a_row >= policy.most_nonfinite:
             often = f", {self.in_a_row} steps in a row" if self.in_a_row > 1 else ""
             raise UserError(f"{what}{often}; lower optim.lr, set gradients.clip_norm, or look at these rows")
         self.screen.line(f"{what}; {'left out: ' + ', '.join(sorted(dropped)) if dropped else 'the step is left out'}")
-        if self.recorder:
-            self.recorder.record(done, "fault", {"stage": stage.name, "rows": places, "dropped": sorted(dropped)})
 
     def _jumps(self, task: str, loss: float) -> bool:
         """Whether a loss is more than twice the highest one of late; standard deviations would mind long tails."""

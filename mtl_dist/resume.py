@@ -50,6 +50,8 @@ def checkpoint_to_resume(
     if resume == "never":
         return None
     checkpoint = _last(folder, warn) if resume == "auto" else _at(Path(resume), warn)
+    if checkpoint is None:
+        warn(f"{folder}: no checkpoint yet, so the run begins at its first step")
     if checkpoint is not None and not allow_changes:
         _refuse_changes(checkpoint, now)
     return checkpoint

@@ -175,12 +175,21 @@ def _keep_until(step: int, metrics: Path) -> None:
     """Drops the records of later steps, and a last line that was cut off."""
     if not metrics.exists():
         return
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     draft = metrics.with_name(DRAFT)
     draft.unlink(missing_ok=True)
     draft.write_text("".join(kept), encoding="utf-8")
     draft.replace(metrics)
+
+
+def _step_of(line: str) -> float:
+    """The step that a record tells of; a line that is none belongs to no step of a run."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        log.warning("metrics.jsonl: a line that cannot be read is left out: %.40s", line.strip())
+        return math.inf
 
 
 def _finite(value: Any) -> Any:

@@ -43,9 +43,9 @@ from mtl_dist.distributed import (
 from mtl_dist.engine import Engine, start_engine
 from mtl_dist.evaluate import Scores, deciding_score, main_scores, score_all
 from mtl_dist.experiment import Experiment, Stage
-from mtl_dist.files import drafts, put_back
+from mtl_dist.files import drafts, faults, put_back
 from mtl_dist.meter import Alarms, Meter, enough_memory
-from mtl_dist.model.multitask import BEST, SCORES, MultiTaskModel, save_model
+from mtl_dist.model.multitask import BEST, MODEL_FILES, SCORES, MultiTaskModel, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
 from mtl_dist.resume import (
@@ -166,7 +166,7 @@ def _train(
             if stage.number < first_stage:
                 continue
             start = first_step if stage.number == first_stage else 0
-            ended_before = resumed is not None and stage.number == first_stage and start == order.steps
+            ended_before = resumed is not None and stage.number == first_stage and start >= order.steps
             if len(stages) > 1:
                 screen.line(f"stage {stage.name}: {', '.join(stage.tasks)}, {order.steps:,} steps")
             optimizer, engine, gradients = start_stage(accelerator, model, stage, carried, config.seed, screen)
@@ -248,6 +248,8 @@ def _train(
             screen.line(f"{stop.name}: saved after step {done:,} of {total_steps:,}; go on with --resume auto")
         else:
             show_results(config, judge, screen, total_steps)
+    if saver.writer.failed:  # or the run would be taken for a finished one, which it is not for --resume auto
+        raise UserError(saver.writer.failed)
     return judge.best
 
 
@@ -437,7 +439,7 @@ class Judge:
             self.best = best
         elif best:
             self.screen.line(
-                f"{BEST} is not the model of step {best['step']}, the best one then: the next takes its place"
+                f"{BEST} is not, or no longer, the model of step {best['step']}: the next one scored replaces it"
             )
 
     def state(self) -> dict[str, Any]:
@@ -471,7 +473,9 @@ class Judge:
 
 
 def saved_scores(folder: Path) -> Any:
-    """The scores of the model in a folder, if there is one."""
+    """The scores of the model in a folder, if there is a whole one."""
+    if faults(folder, MODEL_FILES):
+        return None
     try:
         return json.loads((folder / SCORES).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -439,6 +439,19 @@ def test_a_stop_that_cannot_be_saved_asks_for_no_requeue(
     assert "SIGUSR1: the run is not saved as it stands" in capsys.readouterr().err
 
 
+def test_an_end_that_cannot_be_saved_is_no_success(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert main(["train", str(tiny), *QUICK]) == 2
+    output = capsys.readouterr()
+    assert "best of 8 steps was" in output.out
+    assert "step-00000008: No space left on device" in output.err
+
+
 def test_a_stop_of_poisoned_weights_asks_for_no_requeue(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step = Engine.step
 
@@ -556,8 +569,40 @@ def test_a_kill_between_two_best_models_leaves_one(tiny: Path, saved: Path) -> N
 def test_a_best_model_of_steps_that_never_came(tiny: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (saved.parent / "best" / "scores.json").write_text('{"step": 99}')
     again = run(tiny, *QUICK, resume=str(saved / "step-00000004"))
-    assert "best is not the model of step" in capsys.readouterr().out
+    assert "best is not, or no longer, the model of step" in capsys.readouterr().out
     assert json.loads((saved.parent / "best" / "scores.json").read_text()) == again["scores"]
+
+
+def test_a_damaged_best_model_is_replaced(tiny: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heads = saved.parent / "best" / "heads.safetensors"
+    heads.write_bytes(heads.read_bytes()[:-1])
+    run(tiny, *QUICK, resume="auto")
+    assert "best is not, or no longer, the model of step" in capsys.readouterr().out
+    assert main(["verify", str(saved.parent)]) == 0
+
+
+def test_metrics_with_rubbish_in_them(tiny: Path, saved: Path) -> None:
+    metrics = saved.parent / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    rubbish = [b"\xff\n", b"\n", b"[1]\n", b'{"stop": 3}\n', b"null\n"]
+    metrics.write_bytes(b"".join([lines[0], *rubbish, *lines[1:]]))
+    run(tiny, *QUICK, resume="auto")
+    assert metrics.read_bytes() == b"".join(lines)
+
+
+def test_no_room_for_the_lock(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mtl_dist.checkpoint.platform.node", full)
+    with pytest.raises(UserError, match=r"output_dir: cannot write .*lock: No space left on device"):
+        run(tiny, *QUICK)
+
+
+def test_fewer_steps_than_were_trained(tiny: Path, saved: Path) -> None:
+    before = (saved.parent / "metrics.jsonl").read_text()
+    run(tiny, *QUICK, "steps=6", resume="auto")
+    assert (saved.parent / "metrics.jsonl").read_text() == before
 
 
 def test_a_finished_run_taken_elsewhere_is_scored_there(tiny: Path, saved: Path) -> None:

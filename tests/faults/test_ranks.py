@@ -15,11 +15,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from mtl_dist.checkpoint import all_in
 from mtl_dist.config import UserError, load
 from mtl_dist.data.batches import eval_batches
+from mtl_dist.distributed import Stops
 from mtl_dist.engine import Engine, Stepped
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
@@ -100,6 +102,7 @@ def test_the_run_ends_where_it_was_told_to_or_after_too_many(tiny: Path) -> None
     stop = [*LAST, "gradients.nonfinite=stop"]
     for message in on_ranks(2, refused, poisoned, "near", [2], "ddp", tiny, *stop):
         assert message.startswith(f"step 2: the loss of task 'near' is no number at {tiny.parent}/near-train.tsv:")
+    assert [fault["step"] for fault in records(tiny, "fault")] == [2]
     always = list(range(4, 100))
     last = refused(poisoned, "mood", always, "ddp", tiny, *LAST, "steps=20", "gradients.most_nonfinite=5")
     assert last.startswith("step 8: the loss of task 'mood' is no number at ")
@@ -325,6 +328,15 @@ def test_out_of_memory_says_where_and_what_to_lower(tiny: Path, error: RuntimeEr
         "rank 0: out of memory in step 1, in a micro-batch of task 'same' with 9 rows and "
     )
     assert "gradients.max_tokens" in str(end.value)
+
+
+def test_a_signal_that_is_said_again(tiny: Path) -> None:
+    with Stops(Accelerator(cpu=True)) as stops:
+        signal.raise_signal(signal.SIGTERM)
+        assert stops.agreed() == signal.SIGTERM
+    signal.raise_signal(signal.SIGTERM)  # while Python ends
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 MOMENTS = {

@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from accelerate import Accelerator
 
-from mtl_dist.checkpoint import CheckpointConfig, faults
+from mtl_dist.checkpoint import CheckpointConfig, all_in, faults
 from mtl_dist.engine import Engine, start_engine
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.encoder import Encoder, Shape
@@ -61,7 +61,7 @@ def main() -> None:
             for done in range(arguments.repetitions):
                 waits = seconds(lambda done=done: saver.save(done, engine, {}, {}))
                 written = waits + seconds(saver.writer.finish)
-                path = saver.writer.folder / f"step-{done:08d}"
+                path = all_in(saver.writer.folder)[0]
                 rows.append((waits, written, seconds(lambda path=path: faults(path))))
         size = sum(file.stat().st_size for file in path.iterdir())
     print(f"{size / 1e9:.2f} GB", end="")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mtl_dist import files
 from mtl_dist.config import Config, UserError, refusing
-from mtl_dist.files import SUMS, replacing, write_sums
+from mtl_dist.files import SUMS, drafts, replacing, write_sums
 
 FORMAT = 1
 STATE, TENSORS = "state.json", "tensors.safetensors"
@@ -56,7 +56,7 @@ class Snapshot:
         return cls(done, json.dumps({"format": FORMAT, "done": done, "about": about, **state}), tensors)
 
 
-def write(folder: Path, snapshot: Snapshot) -> Path:
+def write(folder: Path, snapshot: Snapshot) -> None:
     """Puts a checkpoint into the folder of all, or nothing."""
     path = folder / f"step-{snapshot.done:08d}"
     refuse_infinite(f"step {snapshot.done}: not saved", snapshot.tensors.items())
@@ -64,7 +64,6 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
         save_file(snapshot.tensors, unfinished / TENSORS)
         (unfinished / STATE).write_text(snapshot.state, encoding="utf-8")
         write_sums(unfinished, COVERED)
-    return path
 
 
 def refuse_infinite(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -224,11 +223,8 @@ class Writer:
     def _rotate(self) -> list[str]:
         """Removes all but the last ones; a disk that refuses is no reason to stop."""
         problems = []
-        for path in [
-            *all_in(self.folder)[self.keep :],
-            *self.folder.glob("step-*.tmp"),
-            *self.folder.glob("step-*.old"),
-        ]:
+        left = [path for draft in drafts("step-*") for path in self.folder.glob(draft)]
+        for path in [*all_in(self.folder)[self.keep :], *left]:
             try:
                 shutil.rmtree(path)
             except OSError as error:

@@ -96,7 +96,8 @@ def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
 def changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> Table | None:
     """What differs between the run that was saved and the one that goes on."""
     parts = ("ranks", "engine", "precision", "config")
-    then, today = ({part: compared(each, OF_A_START)[part] for part in parts} for each in (checkpoint.about, now))
+    both = compared(checkpoint.about, OF_A_START), compared(now, OF_A_START)
+    then, today = ({part: each[part] for part in parts} for each in both)
     found = differences(then, today)
     if not found:
         return None

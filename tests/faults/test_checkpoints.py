@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -63,6 +63,20 @@ def snapshot(step: int) -> Snapshot:
 def sign(path: Path) -> None:
     """Makes a checkpoint that was tampered with look whole."""
     write_sums(path, COVERED)
+
+
+def full_disk(save_file: Callable[..., None], calls: Container[int]) -> Callable[..., None]:
+    """`save_file` on a disk that is full in these of its calls, the first of which is 1."""
+    made = 0
+
+    def saving(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        nonlocal made
+        made += 1
+        if made in calls:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    return saving
 
 
 def die_after(moment: int, folder: Path) -> None:
@@ -431,10 +445,7 @@ def stopped(config: Path, *overrides: str) -> tuple[int, bool]:
 def test_a_stop_that_cannot_be_saved_asks_for_no_requeue(
     tiny: Path, background: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full_disk(checkpoint.save_file, range(1, 99)))
     assert stopped(tiny, *QUICK, f"checkpoint.async={background}") == (2, False)
     assert "SIGUSR1: the run is not saved as it stands" in capsys.readouterr().err
 
@@ -442,10 +453,7 @@ def test_a_stop_that_cannot_be_saved_asks_for_no_requeue(
 def test_an_end_that_cannot_be_saved_is_no_success(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full_disk(checkpoint.save_file, range(1, 99)))
     assert main(["train", str(tiny), *QUICK]) == 2
     output = capsys.readouterr()
     assert "best of 8 steps was" in output.out
@@ -518,16 +526,7 @@ def test_a_best_model_that_cannot_be_saved_is_tried_again(
 
 def test_a_last_model_that_could_not_be_saved_is_made_up_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     none = [*QUICK, "tasks.mood.dev=null", "tasks.same.dev=null", "tasks.near.dev=null"]
-    saved, tried = multitask.save_file, 0
-
-    def full_at_last(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        nonlocal tried
-        tried += 1
-        if tried == 4:
-            raise OSError(28, "No space left on device")
-        saved(tensors, path)
-
-    monkeypatch.setattr(multitask, "save_file", full_at_last)
+    monkeypatch.setattr(multitask, "save_file", full_disk(multitask.save_file, {4}))
     with pytest.raises(
         UserError, match=r"step 8: the best model is not saved: cannot write .*: No space left on device"
     ):
@@ -538,16 +537,7 @@ def test_a_last_model_that_could_not_be_saved_is_made_up_for(tiny: Path, monkeyp
 
 def run_without_room(config: Path, *overrides: str) -> dict[str, Any]:
     """Trains; the first process cannot save the best model of step 2."""
-    saved, tried = multitask.save_file, 0
-
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        nonlocal tried
-        tried += 1
-        if tried == 1:
-            raise OSError(28, "No space left on device")
-        saved(tensors, path)
-
-    with patch.object(multitask, "save_file", full):
+    with patch.object(multitask, "save_file", full_disk(multitask.save_file, {1})):
         return run(config, *overrides)
 
 

@@ -17,12 +17,12 @@ import torch
 from accelerate import Accelerator
 
 from mtl_dist.checkpoint import CheckpointConfig, all_in, faults
-from mtl_dist.engine import Engine, start_engine
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.encoder import Encoder, Shape
 from mtl_dist.model.multitask import MultiTaskModel
 from mtl_dist.optim import AdamW
-from mtl_dist.resume import Saver
+from mtl_dist.training.engine import Engine, start_engine
+from mtl_dist.training.resume import Saver
 
 
 def seconds(work: Callable[[], object]) -> float:

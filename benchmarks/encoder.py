@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from mtl_dist.model.encoder import Encoder, Shape, pack
+from mtl_dist.data.packed import pack
+from mtl_dist.model.encoder import Encoder, Shape
 
 SHAPES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},

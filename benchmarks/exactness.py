@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD, written_out
-from tests.training import ENGINES, far_apart, run, run_under
+from tests.trained import ENGINES, far_apart, run, run_under
 
 STEPS = 20
 BOUND = 1e-6  # in fp32

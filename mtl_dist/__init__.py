@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mtl_dist.config import UserError, load
     from mtl_dist.data.corpus import write_corpus
+    from mtl_dist.data.packed import pack
     from mtl_dist.experiment import Experiment
-    from mtl_dist.model.encoder import Encoder, pack
+    from mtl_dist.model.encoder import Encoder
     from mtl_dist.model.multitask import MultiTaskModel, load_model
     from mtl_dist.model.weights import build_encoder
     from mtl_dist.optim import AdamW

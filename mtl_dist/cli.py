@@ -131,7 +131,7 @@ def _experiment(path: Path, overrides: Sequence[str]) -> "Experiment":
 
 def _train(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
-    from mtl_dist.train import train
+    from mtl_dist.training.loop import train
 
     train(config, arguments.overwrite, arguments.resume, arguments.allow_changes)
 
@@ -163,10 +163,10 @@ def _plan(arguments: argparse.Namespace) -> None:
         return
     config = _experiment(arguments.config, arguments.overrides)
     ranks = asked or config.distributed.processes or launched
-    from mtl_dist.plan import measure, plan, tables
-    from mtl_dist.telemetry import make_console
-    from mtl_dist.tokenizer import load_tokenizer
-    from mtl_dist.train import load_data
+    from mtl_dist.data.tokenizer import load_tokenizer
+    from mtl_dist.studies.plan import measure, plan, tables
+    from mtl_dist.training.loop import load_data
+    from mtl_dist.watch.screen import make_console
 
     tokenizer = load_tokenizer(config.encoder.tokenizer_source)
     splits = load_data(config, tokenizer, make_console(_is_first_rank(), stderr=True))
@@ -183,8 +183,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from mtl_dist.evaluate import evaluate_run
-    from mtl_dist.telemetry import score_table
+    from mtl_dist.runs.predict import evaluate_run
+    from mtl_dist.watch.screen import score_table
 
     config = _experiment(arguments.run_folder / CONFIG_FILE, arguments.overrides)
     scores = evaluate_run(config, arguments.run_folder, arguments.split)
@@ -198,7 +198,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _predict(arguments: argparse.Namespace) -> None:
     from mtl_dist.data.read import place
-    from mtl_dist.evaluate import predict_file
+    from mtl_dist.runs.predict import predict_file
 
     config = _experiment(arguments.run_folder / CONFIG_FILE, arguments.overrides)
     file, out = arguments.file, arguments.out
@@ -213,9 +213,9 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
     from mtl_dist.data.prepare import train_rows_in_dev
-    from mtl_dist.telemetry import make_console
-    from mtl_dist.tokenizer import load_tokenizer
-    from mtl_dist.train import data_table, load_data
+    from mtl_dist.data.tokenizer import load_tokenizer
+    from mtl_dist.training.loop import data_table, load_data
+    from mtl_dist.watch.screen import make_console
 
     splits = load_data(config, load_tokenizer(config.encoder.tokenizer_source), make_console(True, stderr=True))
     _print(data_table(splits))
@@ -227,7 +227,7 @@ def _validate(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
     from mtl_dist.data.prepare import also_in_train, count_rows
     from mtl_dist.data.read import File
-    from mtl_dist.tokenizer import load_tokenizer
+    from mtl_dist.data.tokenizer import load_tokenizer
 
     counts: dict[str, dict[str, int]] = {}
     problems: list[str] = []
@@ -246,7 +246,7 @@ def _validate(arguments: argparse.Namespace) -> None:
                 with _noting(problems):
                     # Test files often have no labels.
                     counts[f"{name} {split}"] = count_rows(
-                        f"task '{name}', {split}", task, source, split != "test", digests.append
+                        f"task '{name}', {split}", task.reading(split != "test"), source, digests.append
                     )
                 if split == "train":
                     of_train = set(digests)
@@ -311,7 +311,7 @@ def _corpus(arguments: argparse.Namespace) -> None:
 
 
 def _print(renderable: object) -> None:
-    from mtl_dist.telemetry import make_console
+    from mtl_dist.watch.screen import make_console
 
     with _output():
         make_console(True, lasting=False).print(renderable)

@@ -77,6 +77,15 @@ def _home_expanded(path: Path) -> Path:
         raise ValueError(f"{path} starts in the home of an unknown user") from None
 
 
+def _is_regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"'{text}' is not a regular expression: {error}") from None
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_is_regex)]  # a regular expression, found anywhere in a parameter's name
 UserPath = Annotated[Path, AfterValidator(_home_expanded)]  # a path in which ~ is somebody's home
 
 T = TypeVar("T", bound=Config)

@@ -22,14 +22,14 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from mtl_dist.checkpoint import CheckpointConfig
-from mtl_dist.config import Config, Keys, MisfitError, UserError, UserPath
+from mtl_dist.config import Config, Keys, MisfitError, Pattern, UserError, UserPath
 from mtl_dist.data.mixer import AnyMixer, Joint, Order, Size
 from mtl_dist.data.prepare import Split, prepare, refuse_unusable
 from mtl_dist.data.read import Source
 from mtl_dist.distributed import DistributedConfig, Precision
 from mtl_dist.metrics import OVERALL
 from mtl_dist.model.weights import EncoderConfig, max_positions
-from mtl_dist.optim import EVERYTHING, AnySchedule, OptimConfig, Pattern, Rate
+from mtl_dist.optim import EVERYTHING, AnySchedule, OptimConfig, Rate
 from mtl_dist.surgery.gradients import GradientsConfig
 from mtl_dist.tasks import SplitName, TaskConfig
 
@@ -277,8 +277,8 @@ class Experiment(Config):
         on_rows: Callable[[int], object] = lambda rows: None,
     ) -> Split:
         """The prepared rows of `source` as rows of a task; refuses bad rows unless the task skips them."""
-        config, max_length = self.tasks[task], self.max_length(task)
-        prepared = prepare(config, source, tokenizer, max_length, self.cache_dir, labelled=labelled, on_rows=on_rows)
+        reading = self.tasks[task].reading(labelled)
+        prepared = prepare(reading, source, tokenizer, self.max_length(task), self.cache_dir, on_rows)
         whose = f"task '{task}'" if split is None else f"task '{task}', {split}"
-        refuse_unusable(whose, config, source, len(prepared), prepared.rejected())
+        refuse_unusable(whose, reading, source, len(prepared), prepared.rejected())
         return prepared

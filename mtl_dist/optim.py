@@ -18,11 +18,11 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mtl_dist.config import Config, UserError
+from mtl_dist.config import Config, Pattern, UserError
 
 # Bounded, so that their products are numbers.
 Rate = Annotated[float, Field(gt=0, le=1e15)]
@@ -150,15 +150,6 @@ class Cosine(Schedule):
 AnySchedule = Annotated[Constant | Linear | Cosine, Field(discriminator="kind")]
 
 
-def _is_regex(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"'{text}' is not a regular expression: {error}") from None
-    return text
-
-
-Pattern = Annotated[str, AfterValidator(_is_regex)]  # a regular expression, found anywhere in a parameter's name
 EVERYTHING: Sequence[str] = (".",)
 
 

@@ -6,16 +6,18 @@ written beside it wins.
 
 import math
 import reprlib
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from mtl_dist.config import Config, overlay
-from mtl_dist.data.read import BadRow, File, Row, Source
+from mtl_dist.data.batches import Subsample
+from mtl_dist.data.prepare import Reading
+from mtl_dist.data.read import BadRow, Example, File, Row, Source
 from mtl_dist.model.heads import Cosine, Head, Pooling, ProjectedCosine
-from mtl_dist.objectives import DEFAULT_LOSS, CosineEmbedding, Label, Loss, Regression
+from mtl_dist.model.objectives import DEFAULT_LOSS, CosineEmbedding, Label, Loss, Regression
 
 SplitName = Literal["train", "dev", "test"]
 Metric = Literal["accuracy", "macro_f1", "pearson", "spearman"]
@@ -49,23 +51,6 @@ class Columns(Config):
     sentences: tuple[str, ...] = Field(min_length=1, max_length=2)  # one text, or a pair
     label: str
     id: str | None = None  # by default a row's line number is its name
-
-
-class Subsample(Config):
-    """Some of a task's train rows."""
-
-    rows: PositiveInt  # of an epoch
-    subset: Literal["fresh", "fixed"] = "fresh"  # fresh: other rows every epoch; fixed: the same ones, reshuffled
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A row whose sentences and label are what the task expects."""
-
-    line: int
-    id: str
-    sentences: tuple[str, ...]
-    label: float
 
 
 def _or_a_preset(schema: dict[str, Any]) -> None:
@@ -144,10 +129,20 @@ class TaskConfig(Config):
             return source.model_copy(update={"path": data_dir / source.path})
         return source
 
-    def column_names(self, labelled: bool) -> list[str]:
-        """The columns that its files must have."""
+    def reading(self, labelled: bool = True) -> Reading:
+        """How its rows are read; without their labels where they may have none."""
         names = [self.columns.id, *self.columns.sentences, self.columns.label if labelled else None]
-        return [name for name in names if name is not None]
+        return Reading(
+            columns=[name for name in names if name is not None],
+            check=partial(self.check, labelled=labelled),
+            sentences=len(self.columns.sentences),
+            joint=self.head.joint,
+            skip_bad=self.bad_rows == "skip",
+            depends_on={
+                "columns": self.columns.model_dump(mode="json"),
+                "label": self.label.model_dump(mode="json") if labelled else None,
+            },
+        )
 
     def check(self, row: Row, labelled: bool) -> Example | BadRow:
         """The example in a row, or what is wrong with it."""

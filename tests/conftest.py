@@ -13,6 +13,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from threads tha
 for launcher in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "RANK", "WORLD_SIZE"):
     os.environ.pop(launcher, None)
 
+# Real data and a pre-trained encoder, where somebody has put them beside the project.
+SHARED = Path(os.environ.get("MTL_DIST_SHARED", Path(__file__).parents[2] / "shared"))
+
 WORDS = [f"{onset}{vowel}{coda}" for onset in "bdfgklmn" for vowel in "aeiou" for coda in "mnrst"]
 
 EXPERIMENT = """

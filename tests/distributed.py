@@ -38,7 +38,7 @@ def on_ranks(
         port = free.getsockname()[1]
     # Ranks are forked off a process that has imported what takes seconds, and done nothing else.
     spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["mtl_dist.train", "torch.utils.tensorboard", "deepspeed"])
+    spawn.set_forkserver_preload(["mtl_dist.training.loop", "torch.utils.tensorboard", "deepspeed"])
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(world)]
         pipes = [spawn.Pipe(duplex=False) for _ in range(world)]

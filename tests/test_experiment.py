@@ -13,8 +13,8 @@ import yaml
 from tokenizers import Tokenizer
 
 from mtl_dist.config import UserError, dump, load, schema
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
-from mtl_dist.tokenizer import load_tokenizer
 
 CS224N = Path(__file__).parents[1] / "configs" / "cs224n.yaml"
 BASE = """

@@ -14,10 +14,10 @@ import yaml
 
 from mtl_dist.config import load
 from mtl_dist.data.corpus import write_corpus
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 from mtl_dist.metrics import overall
-from mtl_dist.tokenizer import load_tokenizer
-from mtl_dist.train import build_model, stage_optimizer, train
+from mtl_dist.training.loop import build_model, stage_optimizer, train
 
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "configs" / "reports"

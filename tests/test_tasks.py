@@ -3,7 +3,6 @@
 python -m pytest tests/test_tasks.py
 """
 
-import os
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -12,11 +11,11 @@ import pytest
 
 from mtl_dist.config import Config, UserError, dump, load
 from mtl_dist.data.prepare import checked_rows
-from mtl_dist.data.read import BadRow, File, Hub, Row
-from mtl_dist.objectives import Binary
-from mtl_dist.tasks import PRESETS, Columns, Example, SplitName, TaskConfig
+from mtl_dist.data.read import BadRow, Example, File, Hub, Row
+from mtl_dist.model.objectives import Binary
+from mtl_dist.tasks import PRESETS, Columns, SplitName, TaskConfig
+from tests.conftest import SHARED
 
-SHARED = Path(os.environ.get("MTL_DIST_SHARED", Path(__file__).parents[2] / "shared"))
 CS224N = SHARED / "data"
 
 
@@ -65,7 +64,7 @@ def test_a_preset_is_a_whole_task(
     read: Read, preset: str, sentences: list[str], label: str, filled_in: tuple[str, str, str]
 ) -> None:
     task = read(f"preset: {preset}")
-    assert task.column_names(labelled=False) == ["id", *sentences]
+    assert task.reading(labelled=False).columns == ["id", *sentences]
     assert f"{task.columns.label}: {task.label.kind}" == label
     assert (task.head.kind, task.loss.kind, task.metric) == filled_in
     assert task.bad_rows == "skip"
@@ -233,7 +232,7 @@ def test_a_row_becomes_an_example(read: Read) -> None:
 )
 def test_an_unusable_row_says_why(read: Read, preset: str, fields: dict[str, object], problem: str) -> None:
     task = read(f"preset: {preset}")
-    row = Row(9, dict.fromkeys(task.column_names(labelled=True), "1") | fields)
+    row = Row(9, dict.fromkeys(task.reading(labelled=True).columns, "1") | fields)
     assert task.check(row, labelled=True) == BadRow(9, problem)
 
 
@@ -258,7 +257,7 @@ def test_the_real_files(read: Read, preset: str, split: SplitName, rows: int, re
     task = read(f"preset: {preset}")
     source = task.source(split, CS224N)
     assert source is not None
-    checked = list(checked_rows(task, source, labelled=split != "test"))
+    checked = list(checked_rows(task.reading(split != "test"), source))
     assert [row.line for row in checked if isinstance(row, BadRow)] == rejected
     examples = [row for row in checked if isinstance(row, Example)]
     assert len(examples) == rows

@@ -12,21 +12,29 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from heapq import heapreplace
 from itertools import chain, islice
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import PositiveInt
 from torch import Tensor
 
+from mtl_dist.config import Config
 from mtl_dist.data.mixer import Draw, Order
+from mtl_dist.data.packed import Packed, pack
 from mtl_dist.data.prepare import Split
-from mtl_dist.model.encoder import Packed, pack
-from mtl_dist.tasks import Subsample
 
 FEISTEL_ROUNDS = 6
 FEW_ROWS = 64
 T = TypeVar("T")
+
+
+class Subsample(Config):
+    """Some of a task's train rows."""
+
+    rows: PositiveInt  # of an epoch
+    subset: Literal["fresh", "fixed"] = "fresh"  # fresh: other rows every epoch; fixed: the same ones, reshuffled
 
 
 @dataclass(frozen=True)

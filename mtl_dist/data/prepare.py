@@ -1,6 +1,6 @@
 """Rows to tokens, once: a split is checked, tokenised and written to a memory-mapped Arrow file.
 
-read_rows -> TaskConfig.check -> encode -> <cache>/<key>/{rows.arrow, rejected.tsv, meta.json, sha256sums}
+read_rows -> check -> encode -> <cache>/<key>/{rows.arrow, rejected.tsv, meta.json, sha256sums}
 
 The key covers all that the tokens depend on, so a cache entry is never stale; an entry appears whole or not at all, and
 one that was damaged later is written anew. Training then holds no text in memory: a `Split` is a view on the file.
@@ -28,10 +28,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mtl_dist.config import UserError
-from mtl_dist.data.read import BadRow, File, Source, fingerprint, name_of, place, read_rows
+from mtl_dist.data.read import BadRow, Example, File, Row, Source, fingerprint, name_of, place, read_rows
+from mtl_dist.data.tokenizer import Encoded, encode, encode_in_worker, start_worker
 from mtl_dist.files import faults, write_sums
-from mtl_dist.tasks import Example, TaskConfig
-from mtl_dist.tokenizer import Encoded, encode, encode_in_worker, start_worker
 
 FORMAT = 2
 ROWS, REJECTED, META = "rows.arrow", "rejected.tsv", "meta.json"
@@ -40,6 +39,18 @@ CHUNK_ROWS = 8192
 CHUNKS_WORTH_PROCESSES = 3  # below this, starting processes takes longer than the work
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a task reads rows."""
+
+    columns: list[str]  # that its files must have
+    check: Callable[[Row], Example | BadRow]
+    sentences: int  # of a row
+    joint: bool  # a pair is one input
+    skip_bad: bool  # rows that cannot be used are counted and listed; else they are an error
+    depends_on: Mapping[str, Any]  # all that `check` makes of a row, as JSON can hold it
 
 
 @dataclass(frozen=True)
@@ -133,24 +144,23 @@ def _view(batch: pa.RecordBatch) -> Chunk:
 
 
 def prepare(
-    task: TaskConfig,
+    reading: Reading,
     source: Source,
     tokenizer: Tokenizer,
     max_length: int,
     cache_dir: Path,
-    labelled: bool = True,
     on_rows: Callable[[int], object] = lambda rows: None,
 ) -> Split:
     """The prepared rows of `source`; from the cache if they are there, else written now (`on_rows` hears how many)."""
     rows = fingerprint(source)
-    key = _key(task, source, rows, tokenizer, max_length, labelled)
+    key = _key(reading, source, rows, tokenizer, max_length)
     folder = cache_dir / key
     if faults(folder, COVERED):
         work = folder.with_name(f".{key}.{uuid4().hex[:8]}")
         unfinished = work / "new"
         try:
             unfinished.mkdir(parents=True)
-            _write(unfinished, task, source, tokenizer, max_length, labelled, on_rows)
+            _write(unfinished, reading, source, tokenizer, max_length, on_rows)
             if fingerprint(source) != rows:  # or other rows would stand under this file's key
                 raise UserError(f"{name_of(source)} changed while it was read; start again when it is written")
             if os.path.lexists(folder) and faults(folder, COVERED):  # not made by another process in the meantime
@@ -171,7 +181,7 @@ def prepare(
     return Split(folder, source)
 
 
-def _key(task: TaskConfig, source: Source, rows: str, tokenizer: Tokenizer, max_length: int, labelled: bool) -> str:
+def _key(reading: Reading, source: Source, rows: str, tokenizer: Tokenizer, max_length: int) -> str:
     parts = {
         "format": (FORMAT, CHUNK_ROWS),
         "rows": rows,
@@ -179,17 +189,16 @@ def _key(task: TaskConfig, source: Source, rows: str, tokenizer: Tokenizer, max_
         "suffix": source.path.suffix if isinstance(source, File) else None,
         "tokenizer": tokenizer.to_str(),
         "max_length": max_length,
-        "columns": task.columns.model_dump(mode="json"),
-        "label": task.label.model_dump(mode="json") if labelled else None,
-        "joint": task.head.joint,
+        "joint": reading.joint,
+        **reading.depends_on,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def checked_rows(task: TaskConfig, source: Source, labelled: bool = True) -> Iterator[Example | BadRow]:
+def checked_rows(reading: Reading, source: Source) -> Iterator[Example | BadRow]:
     """Every row of `source`, as an example or with what is wrong with it."""
-    for row in read_rows(source, columns=task.column_names(labelled)):
-        yield row if isinstance(row, BadRow) else task.check(row, labelled)
+    for row in read_rows(source, columns=reading.columns):
+        yield row if isinstance(row, BadRow) else reading.check(row)
 
 
 def digest(sentences: Sequence[str]) -> int:
@@ -219,28 +228,27 @@ def also_in_train(whose: str, shared: int, rows: int) -> str:
 
 def count_rows(
     whose: str,
-    task: TaskConfig,
+    reading: Reading,
     source: Source,
-    labelled: bool = True,
     on_digest: Callable[[int], object] = lambda digest: None,
 ) -> dict[str, int]:
     """How many rows are usable and how many not, as `refuse_unusable` allows; `on_digest` hears of each usable one."""
     usable, bad = 0, []
-    for row in checked_rows(task, source, labelled):
+    for row in checked_rows(reading, source):
         if isinstance(row, BadRow):
             bad.append(row)
         else:
             usable += 1
             on_digest(digest(row.sentences))
-    refuse_unusable(whose, task, source, usable, bad)
+    refuse_unusable(whose, reading, source, usable, bad)
     return {"usable": usable, "rejected": len(bad)}
 
 
 def refuse_unusable(
-    whose: str, task: TaskConfig, source: Source, usable: int, bad: Sequence[BadRow], shown: int = 5
+    whose: str, reading: Reading, source: Source, usable: int, bad: Sequence[BadRow], shown: int = 5
 ) -> None:
     """Raises if there are bad rows that the task does not skip, or no others; `whose` names task and split."""
-    if bad and task.bad_rows == "error":
+    if bad and not reading.skip_bad:
         lines = [f"{place(source, row.line)}: {row.message} ({whose})" for row in bad[:shown]]
         if len(bad) > shown:
             lines.append(f"... and {len(bad) - shown} more such rows; bad_rows: skip trains without them")
@@ -252,14 +260,13 @@ def refuse_unusable(
 
 def _write(
     folder: Path,
-    task: TaskConfig,
+    reading: Reading,
     source: Source,
     tokenizer: Tokenizer,
     max_length: int,
-    labelled: bool,
     on_rows: Callable[[int], object],
 ) -> None:
-    num_inputs = 1 if task.head.joint else len(task.columns.sentences)
+    num_inputs = 1 if reading.joint else reading.sentences
     schema = pa.schema(
         [
             ("line", pa.int64()),
@@ -278,7 +285,7 @@ def _write(
     ):
 
         def good_rows() -> Iterator[Example]:
-            for row in checked_rows(task, source, labelled):
+            for row in checked_rows(reading, source):
                 if isinstance(row, Example):
                     yield row
                 else:
@@ -286,7 +293,7 @@ def _write(
                     meta["rejected"] += 1
 
         chunks = _in_chunks(good_rows())
-        for examples, encoded in _encode_all(chunks, tokenizer, max_length, task.head.joint, folder.parent):
+        for examples, encoded in _encode_all(chunks, tokenizer, max_length, reading.joint, folder.parent):
             writer.write_batch(_record_batch(examples, encoded, schema))
             meta["truncated"] += encoded.truncated
             meta["tokens"] += sum(len(tokens) for row in encoded.inputs for tokens in row)

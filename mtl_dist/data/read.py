@@ -77,6 +77,16 @@ class BadRow:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row whose sentences and label are what the task expects."""
+
+    line: int
+    id: str
+    sentences: tuple[str, ...]
+    label: float
+
+
 def read_rows(source: Source, *, columns: Sequence[str]) -> Iterator[Row | BadRow]:
     """Yields the rows of `source`, cut to `columns`; a column that is not there raises before the first row."""
     columns = list(columns)

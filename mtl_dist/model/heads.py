@@ -14,7 +14,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from mtl_dist.config import Config
-from mtl_dist.model.encoder import Encoder, Packed, init_weights
+from mtl_dist.data.packed import Packed
+from mtl_dist.model.encoder import Encoder, init_weights
 
 Pooling = Literal["cls", "pooler", "mean", "max"]
 

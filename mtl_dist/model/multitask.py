@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -12,22 +12,38 @@ from torch import Tensor, nn
 
 from mtl_dist.checkpoint import refuse_infinite
 from mtl_dist.config import UserError
+from mtl_dist.data.packed import Packed
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.files import SUMS, faults, replacing, write_sums
-from mtl_dist.model.encoder import Encoder, Packed
-from mtl_dist.model.heads import pool
+from mtl_dist.model.encoder import Encoder
+from mtl_dist.model.heads import HeadConfig, Pooling, pool
+from mtl_dist.model.objectives import Label, LossConfig
 from mtl_dist.model.weights import ENCODER_FILES, EncoderConfig, build_encoder, save_checkpoint
-from mtl_dist.tasks import TaskConfig
-from mtl_dist.tokenizer import load_tokenizer
 
 BEST = "best"  # where a run folder keeps its best model
 HEADS, SCORES = "heads.safetensors", "scores.json"
 MODEL_FILES = (*(f"encoder/{name}" for name in ENCODER_FILES), HEADS, SCORES)  # by the list of hashes beside them
 
 
+class TaskModel(Protocol):
+    """What the model needs to know of a task."""
+
+    @property
+    def pooling(self) -> Pooling: ...
+    @property
+    def head(self) -> HeadConfig: ...
+    @property
+    def label(self) -> Label: ...
+    @property
+    def loss(self) -> LossConfig: ...
+    @property
+    def dropout(self) -> float: ...
+
+
 class MultiTaskModel(nn.Module):
     """Packed sentences of one task in, that task's raw outputs in fp32 out."""
 
-    def __init__(self, encoder: Encoder, tasks: Mapping[str, TaskConfig]) -> None:
+    def __init__(self, encoder: Encoder, tasks: Mapping[str, TaskModel]) -> None:
         super().__init__()
         for name, task in tasks.items():
             if task.head.joint and encoder.shape.type_vocab_size < 2:
@@ -69,7 +85,7 @@ def save_model(model: MultiTaskModel, tokenizer: Tokenizer, folder: Path, scores
         write_sums(unfinished, MODEL_FILES)
 
 
-def load_model(folder: Path, tasks: Mapping[str, TaskConfig]) -> tuple[MultiTaskModel, Tokenizer]:
+def load_model(folder: Path, tasks: Mapping[str, TaskModel]) -> tuple[MultiTaskModel, Tokenizer]:
     """The model and tokenizer that `save_model` wrote."""
     path = folder / HEADS
     if not path.is_file():

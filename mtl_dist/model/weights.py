@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mtl_dist.config import Config, UserError
+from mtl_dist.data.tokenizer import checkpoint_folder, read_json
 from mtl_dist.model.encoder import Encoder, Shape
-from mtl_dist.tokenizer import checkpoint_folder, read_json
 
 log = logging.getLogger(__name__)
 

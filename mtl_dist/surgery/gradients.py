@@ -21,12 +21,11 @@ import torch.distributed as dist
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from mtl_dist.config import Config
-from mtl_dist.engine import Engine
-from mtl_dist.optim import Pattern
+from mtl_dist.config import Config, Pattern
 from mtl_dist.surgery.combiners import AnyCombiner, GramCombiner, LossCombiner, Sum
 from mtl_dist.surgery.conflict import Conflict, conflict
 from mtl_dist.surgery.rows import Layout, Rows
+from mtl_dist.training.engine import Engine
 
 
 class GradientsConfig(Config):

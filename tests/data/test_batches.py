@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mtl_dist.data.batches import (
     Batch,
     RowStream,
+    Subsample,
     TrainBatches,
     TrainRows,
     deal,
@@ -30,7 +31,6 @@ from mtl_dist.data.batches import (
 )
 from mtl_dist.data.mixer import AnyMixer, Joint, RoundRobin, Size, Temperature
 from mtl_dist.data.prepare import Split
-from mtl_dist.tasks import Subsample
 
 
 class Rows(Split):

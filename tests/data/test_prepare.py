@@ -21,8 +21,8 @@ from mtl_dist.config import UserError
 from mtl_dist.data import prepare as module
 from mtl_dist.data.prepare import Split, count_rows, prepare
 from mtl_dist.data.read import File
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.tasks import TaskConfig
-from mtl_dist.tokenizer import load_tokenizer
 
 LETTERS = "abcdefghij"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
@@ -88,7 +88,7 @@ def test_tokens_are_the_tokenizers_own(
     monkeypatch.setattr(module, "CHUNKS_WORTH_PROCESSES", 99)
     rows = some_rows(30)
     config = {"single": task("v"), "pair": task(), "joint": task(**JOINT)}[kind]
-    split = prepare(config, written(tmp_path / "x.jsonl", rows), tokenizer, max_length, tmp_path / "cache")
+    split = prepare(config.reading(), written(tmp_path / "x.jsonl", rows), tokenizer, max_length, tmp_path / "cache")
 
     cut = Tokenizer.from_str(tokenizer.to_str())
     cut.enable_truncation(max_length)
@@ -116,7 +116,7 @@ def test_any_text_is_tokenised_or_rejected(
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     source = written(folder / "x.jsonl", [{"id": "x", "u": u, "v": v, "y": 1} for u, v in texts] or [{}])
-    split = prepare(task(), source, tokenizer, 64, folder)
+    split = prepare(task().reading(), source, tokenizer, 64, folder)
     blank = [line for line, (u, v) in enumerate(texts, start=1) if not u.strip() or not v.strip()]
     assert [bad.line for bad in split.rejected()] == (blank if texts else [1])
     assert len(split) + len(blank) == len(texts)
@@ -128,17 +128,17 @@ def test_any_text_is_tokenised_or_rejected(
 
 def test_unlabelled_rows_have_no_label(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = written(tmp_path / "x.jsonl", [{"id": 3, "u": "a", "v": "b"}])
-    split = prepare(task(), source, tokenizer, 64, tmp_path, labelled=False)
+    split = prepare(task().reading(labelled=False), source, tokenizer, 64, tmp_path)
     assert np.isnan(split.label(0))
     assert split.id(0) == "3"
-    assert prepare(task(), source, tokenizer, 64, tmp_path).num_rejected == 1  # an entry of its own
+    assert prepare(task().reading(), source, tokenizer, 64, tmp_path).num_rejected == 1  # an entry of its own
 
 
 def test_the_tokens_stay_in_the_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = written(tmp_path / "x.jsonl", some_rows(2000))
-    prepare(task(), source, tokenizer, 64, tmp_path)
+    prepare(task().reading(), source, tokenizer, 64, tmp_path)
     before = pa.total_allocated_bytes()
-    split = prepare(task(), source, tokenizer, 64, tmp_path)
+    split = prepare(task().reading(), source, tokenizer, 64, tmp_path)
     assert pa.total_allocated_bytes() == before
     for tokens, offsets in split._chunks[0].inputs:
         assert not tokens.flags.owndata
@@ -157,7 +157,7 @@ UNUSABLE: Rows = [
 
 
 def test_rejected_rows_are_listed(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    split = prepare(task(), written(tmp_path / "x.jsonl", UNUSABLE), tokenizer, 64, tmp_path)
+    split = prepare(task().reading(), written(tmp_path / "x.jsonl", UNUSABLE), tokenizer, 64, tmp_path)
     rejected = {bad.line: bad.message for bad in split.rejected()}
     assert rejected == {
         1: "v is blank",
@@ -173,16 +173,16 @@ def test_a_message_is_one_line_whatever_it_names(tmp_path: Path, tokenizer: Toke
     column = "a\tb\x85c\u2028d\r\n\x1ce"  # ends of lines to str.splitlines, but one
     config = task("u", columns={"sentences": [column], "label": "y"})
     source = written(tmp_path / "x.jsonl", [{column: None, "y": 1}] * 2)
-    rejected = prepare(config, source, tokenizer, 64, tmp_path).rejected()
+    rejected = prepare(config.reading(), source, tokenizer, 64, tmp_path).rejected()
     assert [(bad.line, bad.message) for bad in rejected] == [(line, "a b c d e is None, not a text") for line in (1, 2)]
 
 
 def test_counting_refuses_what_training_refuses(tmp_path: Path) -> None:
     good, bad = some_rows(2), [{"id": i, "u": "a", "v": "b", "y": i} for i in range(90, 97)]
     source = written(tmp_path / "x.jsonl", [*good, *bad])
-    assert count_rows("task 'sts', dev", task(bad_rows="skip"), source) == {"usable": 2, "rejected": 7}
+    assert count_rows("task 'sts', dev", task(bad_rows="skip").reading(), source) == {"usable": 2, "rejected": 7}
     with pytest.raises(UserError) as caught:
-        count_rows("task 'sts', dev", task(), source)
+        count_rows("task 'sts', dev", task().reading(), source)
     assert str(caught.value).splitlines() == [
         *(f"{source.path}:{i + 3}: y is {90 + i}, outside the range [0, 5] (task 'sts', dev)" for i in range(5)),
         "... and 2 more such rows; bad_rows: skip trains without them",
@@ -191,7 +191,7 @@ def test_counting_refuses_what_training_refuses(tmp_path: Path) -> None:
         source = written(tmp_path / "x.tsv", [])
         source.path.write_text("\t".join(FIELDS) + "\n" + "".join(f"{row['id']}\ta\tb\t9\n" for row in rows))
         with pytest.raises(UserError) as caught:
-            count_rows("task 'sts', train", task(bad_rows="skip"), source)
+            count_rows("task 'sts', train", task(bad_rows="skip").reading(), source)
         assert str(caught.value) == f"{source.path}: no usable row for task 'sts', train{hint}"
 
 
@@ -203,11 +203,13 @@ def test_the_second_time_nothing_is_written(
 ) -> None:
     heard: list[int] = []
     source = written(tmp_path / "x.jsonl", some_rows(9))
-    first = prepare(task(), source, tokenizer, 64, tmp_path / "cache", on_rows=heard.append)
+    first = prepare(task().reading(), source, tokenizer, 64, tmp_path / "cache", on_rows=heard.append)
     assert heard == [9]
     monkeypatch.delattr(module, "_write")
     moved = written(tmp_path / "elsewhere" / "y.jsonl", some_rows(9))
-    again = prepare(task(dropout=0.5, weight=3), moved, tokenizer, 64, tmp_path / "cache", on_rows=heard.append)
+    again = prepare(
+        task(dropout=0.5, weight=3).reading(), moved, tokenizer, 64, tmp_path / "cache", on_rows=heard.append
+    )
     assert heard == [9]
     assert again.folder == first.folder
     assert again.source == moved
@@ -224,17 +226,17 @@ def test_whatever_the_tokens_depend_on_is_in_the_key(
     wider = {"label": {"kind": "regression", "min": 0, "max": 6}}
     cache = tmp_path / "cache"
     entries = [
-        prepare(task(), source, tokenizer, 64, cache),
-        prepare(task(), other_rows, tokenizer, 64, cache),
-        prepare(task(), source, other_words, 64, cache),
-        prepare(task(), source, tokenizer, 63, cache),
-        prepare(task(), source, tokenizer, 64, cache, labelled=False),
-        prepare(task(**swapped), source, tokenizer, 64, cache),
-        prepare(task(**wider), source, tokenizer, 64, cache),
-        prepare(task(**JOINT), source, tokenizer, 64, cache),
+        prepare(task().reading(), source, tokenizer, 64, cache),
+        prepare(task().reading(), other_rows, tokenizer, 64, cache),
+        prepare(task().reading(), source, other_words, 64, cache),
+        prepare(task().reading(), source, tokenizer, 63, cache),
+        prepare(task().reading(labelled=False), source, tokenizer, 64, cache),
+        prepare(task(**swapped).reading(), source, tokenizer, 64, cache),
+        prepare(task(**wider).reading(), source, tokenizer, 64, cache),
+        prepare(task(**JOINT).reading(), source, tokenizer, 64, cache),
     ]
     monkeypatch.setattr(module, "CHUNK_ROWS", 5)  # rows are found by it
-    entries.append(prepare(task(), source, tokenizer, 64, cache))
+    entries.append(prepare(task().reading(), source, tokenizer, 64, cache))
     assert entries[-1].line(8) == 9
     assert len({entry.folder for entry in entries}) == len(entries) == len(files_in(cache))
 
@@ -242,10 +244,10 @@ def test_whatever_the_tokens_depend_on_is_in_the_key(
 def test_a_suffix_tells_how_rows_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "x.csv").write_text("u\na\nb, c\n")
     config = task("u", columns={"sentences": ["u"], "label": "y"})
-    as_csv = prepare(config, File(path=tmp_path / "x.csv"), tokenizer, 64, tmp_path, labelled=False)
+    as_csv = prepare(config.reading(labelled=False), File(path=tmp_path / "x.csv"), tokenizer, 64, tmp_path)
     assert [bad.line for bad in as_csv.rejected()] == [3]
     (tmp_path / "x.csv").rename(tmp_path / "x.tsv")  # where a comma is text
-    as_tsv = prepare(config, File(path=tmp_path / "x.tsv"), tokenizer, 64, tmp_path, labelled=False)
+    as_tsv = prepare(config.reading(labelled=False), File(path=tmp_path / "x.tsv"), tokenizer, 64, tmp_path)
     assert as_tsv.rejected() == []
 
 
@@ -257,7 +259,7 @@ def test_processes_write_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer, mo
     entries = []
     for worth in (1, 99):
         monkeypatch.setattr(module, "CHUNKS_WORTH_PROCESSES", worth)
-        entries.append(prepare(task(**JOINT), source, tokenizer, 12, tmp_path / str(worth)).folder)
+        entries.append(prepare(task(**JOINT).reading(), source, tokenizer, 12, tmp_path / str(worth)).folder)
     parallel, inline = ({path.name: path.read_bytes() for path in entry.iterdir()} for entry in entries)
     assert parallel == inline
     assert files_in(entries[0]) == ["meta.json", "rejected.tsv", "rows.arrow", "sha256sums"]
@@ -269,9 +271,9 @@ def test_a_crash_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer, monkeypatc
 
     source = written(tmp_path / "x.jsonl", some_rows(9))
     with pytest.raises(KeyboardInterrupt):
-        prepare(task(), source, tokenizer, 64, tmp_path / "cache", on_rows=crash)
+        prepare(task().reading(), source, tokenizer, 64, tmp_path / "cache", on_rows=crash)
     assert files_in(tmp_path / "cache") == []
-    assert len(prepare(task(), source, tokenizer, 64, tmp_path / "cache")) == 9
+    assert len(prepare(task().reading(), source, tokenizer, 64, tmp_path / "cache")) == 9
 
 
 def test_the_slower_of_two_takes_the_others_entry(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -279,9 +281,9 @@ def test_the_slower_of_two_takes_the_others_entry(tmp_path: Path, tokenizer: Tok
     faster: list[Split] = []
 
     def overtake(rows: int) -> None:
-        faster.append(prepare(task(), source, tokenizer, 64, cache))
+        faster.append(prepare(task().reading(), source, tokenizer, 64, cache))
 
-    slower = prepare(task(), source, tokenizer, 64, cache, on_rows=overtake)
+    slower = prepare(task().reading(), source, tokenizer, 64, cache, on_rows=overtake)
     assert contents(slower) == contents(faster[0])
     assert files_in(cache) == [slower.folder.name]
 
@@ -289,7 +291,7 @@ def test_the_slower_of_two_takes_the_others_entry(tmp_path: Path, tokenizer: Tok
 def _prepare_at_once(folder: Path, together: Any, results: Any) -> None:
     tokenizer = load_tokenizer(str(folder))
     together.wait()
-    results.put(contents(prepare(task(), File(path=folder / "x.jsonl"), tokenizer, 64, folder / "cache")))
+    results.put(contents(prepare(task().reading(), File(path=folder / "x.jsonl"), tokenizer, 64, folder / "cache")))
 
 
 def test_two_processes_at_once_both_get_a_whole_entry(tmp_path: Path) -> None:
@@ -311,7 +313,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, tokenizer: T
     source = written(tmp_path / "x.jsonl", some_rows(1))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=rf"^cache_dir: cannot write {tmp_path}/file/\S+: Not a directory$"):
-        prepare(task(), source, tokenizer, 64, tmp_path / "file")
+        prepare(task().reading(), source, tokenizer, 64, tmp_path / "file")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -320,4 +322,4 @@ def test_a_cache_of_somebody_else_is_one_line(tmp_path: Path, tokenizer: Tokeniz
     source = written(tmp_path / "x.jsonl", some_rows(1))
     (tmp_path / "theirs").mkdir(mode)
     with pytest.raises(UserError, match=r"^cache_dir: cannot write \S+: Permission denied$"):
-        prepare(task(), source, tokenizer, 64, tmp_path / "theirs")
+        prepare(task().reading(), source, tokenizer, 64, tmp_path / "theirs")

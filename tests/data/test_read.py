@@ -21,8 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from mtl_dist.config import UserError
 from mtl_dist.data.read import MAX_RECORD_LINES, BadRow, File, Hub, Row, Source, fingerprint, place, read_rows
+from tests.conftest import SHARED
 
-SHARED = Path(os.environ.get("MTL_DIST_SHARED", Path(__file__).parents[3] / "shared"))
 CS224N_ROWS = {
     "ids-cfimdb-dev": 245,
     "ids-cfimdb-test-student": 488,

@@ -37,14 +37,14 @@ from mtl_dist.checkpoint import (
 )
 from mtl_dist.cli import main
 from mtl_dist.config import UserError, load
-from mtl_dist.engine import Engine, Stepped
 from mtl_dist.experiment import Experiment
 from mtl_dist.files import write_sums
 from mtl_dist.model import multitask
-from mtl_dist.resume import checkpoint_to_resume
-from mtl_dist.train import train
+from mtl_dist.training.engine import Engine, Stepped
+from mtl_dist.training.loop import train
+from mtl_dist.training.resume import checkpoint_to_resume
 from tests.distributed import on_ranks
-from tests.training import far_apart, run
+from tests.trained import far_apart, run
 
 QUICK = ["log.tensorboard=false", "steps=8", "evaluate.every_steps=2", "checkpoint.keep=3"]
 

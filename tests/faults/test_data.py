@@ -26,10 +26,10 @@ from mtl_dist.config import UserError, load
 from mtl_dist.data import prepare as module
 from mtl_dist.data.prepare import Split, digest, prepare, train_rows_in_dev
 from mtl_dist.data.read import File
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 from mtl_dist.tasks import TaskConfig
-from mtl_dist.tokenizer import load_tokenizer
-from mtl_dist.train import train
+from mtl_dist.training.loop import train
 from tests.distributed import on_ranks
 
 TASK = TaskConfig.model_validate(
@@ -82,15 +82,15 @@ def test_a_flipped_bit_in_the_cache_is_noticed_and_mended(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     source = written(tmp_path / "x.jsonl", "a", "b c", " ", "d a")
-    split = prepare(TASK, source, tokenizer, 64, tmp_path / "cache")
+    split = prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
     expected, path = contents(split), split.folder / name
     for bit in range(0, 8 * path.stat().st_size, 101):  # of every byte some, of every other file all kinds of places
         flipped(path, bit)
         caplog.clear()
-        assert contents(prepare(TASK, source, tokenizer, 64, tmp_path / "cache")) == expected
+        assert contents(prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")) == expected
         assert caplog.messages == [f"cache_dir: {split.folder} is damaged; it is written anew"]
     caplog.clear()
-    prepare(TASK, source, tokenizer, 64, tmp_path / "cache")
+    prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
     assert not caplog.messages
     assert names_in(tmp_path / "cache") == [split.folder.name]
 
@@ -113,10 +113,10 @@ def test_a_cache_entry_that_is_not_whole_is_written_anew(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object]
 ) -> None:
     source = written(tmp_path / "x.jsonl", "a", "b c", " ")
-    split = prepare(TASK, source, tokenizer, 64, tmp_path / "cache")
+    split = prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
     expected = contents(split)
     damage(split.folder)
-    assert contents(prepare(TASK, source, tokenizer, 64, tmp_path / "cache")) == expected
+    assert contents(prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")) == expected
     assert "is damaged; it is written anew" in caplog.text
     assert names_in(split.folder) == FILES
     assert names_in(tmp_path / "cache") == [split.folder.name]
@@ -126,7 +126,7 @@ def test_a_cache_entry_that_is_not_whole_is_written_anew(
 def _killed_while_it_writes(folder: Path) -> None:
     tokenizer = load_tokenizer(str(folder))
     prepare(
-        TASK,
+        TASK.reading(),
         File(path=folder / "x.jsonl"),
         tokenizer,
         64,
@@ -145,11 +145,11 @@ def test_what_a_killed_process_left_is_no_entry(tmp_path: Path, tokenizer: Token
     assert process.exitcode == -signal.SIGKILL
     (left,) = (tmp_path / "cache").iterdir()
     assert left.name.startswith(".") and (left / "new" / "rows.arrow").exists()
-    assert len(prepare(TASK, source, tokenizer, 64, tmp_path / "cache")) == 2
+    assert len(prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")) == 2
 
 
 def test_a_cache_that_is_deleted_does_not_disturb_who_reads_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    split = prepare(TASK, written(tmp_path / "x.jsonl", *["a b"] * 9000), tokenizer, 64, tmp_path / "cache")
+    split = prepare(TASK.reading(), written(tmp_path / "x.jsonl", *["a b"] * 9000), tokenizer, 64, tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")
     assert [list(x) for x in split.inputs(8999)] == [[2, 5, 6, 3], [2, 8, 3]]
 
@@ -169,11 +169,11 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_full_disk_while_the_cache_is_written_is_one_line(tmp_path: Path, tokenizer: Tokenizer, size: int) -> None:
     source = written(tmp_path / "x.jsonl", *["a b c"] * 9000)
     with largest_file(size), pytest.raises(UserError) as caught:
-        prepare(TASK, source, tokenizer, 64, tmp_path / "cache")
+        prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
     assert str(caught.value).startswith(f"cache_dir: cannot write {tmp_path}/cache/.")
     assert str(caught.value).endswith("File too large") and "\n" not in str(caught.value)
     assert names_in(tmp_path / "cache") == []
-    assert len(prepare(TASK, source, tokenizer, 64, tmp_path / "cache")) == 9000
+    assert len(prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")) == 9000
 
 
 # Files that change
@@ -182,22 +182,22 @@ def test_a_full_disk_while_the_cache_is_written_is_one_line(tmp_path: Path, toke
 def test_a_file_that_changed_between_runs_is_read_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = written(tmp_path / "x.jsonl", "a", "b")
     before = source.path.stat()
-    first = prepare(TASK, source, tokenizer, 64, tmp_path / "cache")
+    first = prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
     written(source.path, "a", "c")
     os.utime(source.path, ns=(before.st_atime_ns, before.st_mtime_ns))
     after = source.path.stat()
     assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)  # only its content tells
-    second = prepare(TASK, source, tokenizer, 64, tmp_path / "cache")
+    second = prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
     assert [list(split.inputs(1)[0]) for split in (first, second)] == [[2, 6, 3], [2, 7, 3]]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = written(tmp_path / "x.jsonl", "a", "b")
     with pytest.raises(UserError) as caught:
-        prepare(TASK, source, tokenizer, 64, tmp_path / "cache", on_rows=lambda _: written(source.path, "c"))
+        prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache", on_rows=lambda _: written(source.path, "c"))
     assert str(caught.value) == f"{source.path} changed while it was read; start again when it is written"
     assert names_in(tmp_path / "cache") == []
-    assert len(prepare(TASK, source, tokenizer, 64, tmp_path / "cache")) == 1
+    assert len(prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")) == 1
 
 
 # Processes that tokenise
@@ -216,7 +216,7 @@ def test_a_killed_tokenising_process_is_one_line(
     with pytest.raises(
         UserError, match=r"x\.jsonl: a process that tokenised it was killed, .* memory ran out"
     ) as caught:
-        prepare(TASK, source, tokenizer, 64, tmp_path / "cache", on_rows=kill)
+        prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache", on_rows=kill)
     assert len(str(caught.value).splitlines()) == 1
     assert names_in(tmp_path / "cache") == []
 
@@ -228,10 +228,10 @@ from pathlib import Path
 from mtl_dist.data.prepare import prepare
 from mtl_dist.data.read import File
 from mtl_dist.tasks import TaskConfig
-from mtl_dist.tokenizer import load_tokenizer
+from mtl_dist.data.tokenizer import load_tokenizer
 
 task = TaskConfig(train="x", columns={"sentences": ["u"], "label": "y"}, label={"kind": "binary"})
-prepare(task, File(path=Path("x.jsonl")), load_tokenizer("."), 64, Path("cache"))
+prepare(task.reading(), File(path=Path("x.jsonl")), load_tokenizer("."), 64, Path("cache"))
 """
 
 
@@ -291,7 +291,7 @@ def test_a_date_that_python_cannot_have_is_one_line(tmp_path: Path, tokenizer: T
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"u": ["a"], "v": ["b"], "y": pa.array([10**8], pa.date32())}), path)  # in 273,790 years
     with pytest.raises(UserError) as caught:
-        prepare(TASK, File(path=path), tokenizer, 64, tmp_path / "cache")
+        prepare(TASK.reading(), File(path=path), tokenizer, 64, tmp_path / "cache")
     assert str(caught.value) == f"cannot read {path}: date value out of range"
 
 
@@ -318,7 +318,7 @@ def test_fewer_rows_than_ranks(tiny: Path) -> None:
 
 def test_train_rows_in_dev_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     def split(name: str, *texts: str) -> Split:
-        return prepare(TASK, written(tmp_path / name, *texts), tokenizer, 64, tmp_path / "cache")
+        return prepare(TASK.reading(), written(tmp_path / name, *texts), tokenizer, 64, tmp_path / "cache")
 
     train_split = split("train.jsonl", *["a"] * 9000, "b c", "c")  # of more than one chunk
     # Three of them, whatever case and spacing; d would be one only if sentences changed places.

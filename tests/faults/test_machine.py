@@ -25,11 +25,11 @@ from accelerate.state import AcceleratorState
 
 from mtl_dist.cli import main
 from mtl_dist.config import UserError, load
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.distributed import DistributedConfig, start
-from mtl_dist.evaluate import write_predictions
 from mtl_dist.experiment import Experiment
-from mtl_dist.telemetry import METRICS, TENSORBOARD, Recorder
-from mtl_dist.tokenizer import load_tokenizer
+from mtl_dist.runs.predict import write_predictions
+from mtl_dist.watch.recorder import METRICS, TENSORBOARD, Recorder
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")

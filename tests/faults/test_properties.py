@@ -22,10 +22,10 @@ from tokenizers import Tokenizer
 from mtl_dist.config import UserError, dump, load
 from mtl_dist.data.prepare import checked_rows, prepare
 from mtl_dist.data.read import BadRow, File, place
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.weights import read_shape
 from mtl_dist.tasks import TaskConfig
-from mtl_dist.tokenizer import load_tokenizer
 
 MORE = int(os.environ.get("MTL_DIST_EXAMPLES", "0"))
 
@@ -116,11 +116,11 @@ def rows_of(odd: st.SearchStrategy[Any]) -> st.SearchStrategy[list[dict[str, Any
 def read_through(task: TaskConfig, source: File, tokenizer: Tokenizer, folder: Path) -> None:
     """All that happens to a file before training; its rows are all there, or listed with what is wrong."""
     try:
-        split = prepare(task, source, tokenizer, 16, folder / "cache")
+        split = prepare(task.reading(), source, tokenizer, 16, folder / "cache")
     except UserError as error:
         assert_lines(error, f"{source.path}", f"cannot read {source.path}")
         return
-    checked = list(checked_rows(task, source))
+    checked = list(checked_rows(task.reading(), source))
     bad = [row for row in checked if isinstance(row, BadRow)]
     assert [(row.line, " ".join(row.message.split())) for row in bad] == [
         (row.line, row.message) for row in split.rejected()

@@ -22,13 +22,13 @@ from mtl_dist.checkpoint import all_in
 from mtl_dist.config import UserError, load
 from mtl_dist.data.batches import eval_batches
 from mtl_dist.distributed import Stops
-from mtl_dist.engine import Engine, Stepped
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
 from mtl_dist.surgery.combiners import PCGrad
+from mtl_dist.training.engine import Engine, Stepped
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD
-from tests.training import far_apart, go_on_until, run, run_under
+from tests.trained import far_apart, go_on_until, run, run_under
 
 pytestmark = pytest.mark.slow
 
@@ -273,11 +273,15 @@ def test_a_rank_that_hangs_is_ended_and_shows_where(tiny: Path) -> None:
 
 @pytest.mark.parametrize(
     ("where", "rank"),
-    [("mtl_dist.evaluate.eval_batches", 1), ("mtl_dist.data.batches.make_batch", 1), ("mtl_dist.train.save_model", 0)],
+    [
+        ("mtl_dist.training.scores.eval_batches", 1),
+        ("mtl_dist.data.batches.make_batch", 1),
+        ("mtl_dist.training.loop.save_model", 0),
+    ],
 )
 def test_a_rank_that_hangs_elsewhere_does_so_too(tiny: Path, where: str, rank: int) -> None:
     often = ["distributed.timeout_s=6", "evaluate.every_steps=1", "steps=20"]
-    if where == "mtl_dist.train.save_model":
+    if where == "mtl_dist.training.loop.save_model":
         often += LAST  # without dev sets every model is the best one
     with pytest.raises(AssertionError) as error:
         on_ranks(2, hang_in, where, rank, tiny, *often, timeout_s=60, patience_s=30)
@@ -293,7 +297,7 @@ def run_slowly(config: Path, *overrides: str) -> dict[str, Any]:
             time.sleep(3)
             yield batch
 
-    with patch("mtl_dist.evaluate.eval_batches", slowly):
+    with patch("mtl_dist.training.scores.eval_batches", slowly):
         return run(config, *overrides)
 
 
@@ -340,11 +344,11 @@ def test_a_signal_that_is_said_again(tiny: Path) -> None:
 
 
 MOMENTS = {
-    "in the data's preparation": "mtl_dist.train.load_data",
-    "in an evaluation": "mtl_dist.evaluate.predict",
+    "in the data's preparation": "mtl_dist.training.loop.load_data",
+    "in an evaluation": "mtl_dist.training.scores.predict",
     "in a save": "mtl_dist.checkpoint.save_file",
-    "while the best model is saved": "mtl_dist.train.save_model",
-    "in a step": "mtl_dist.train.rows_of_mean",
+    "while the best model is saved": "mtl_dist.training.loop.save_model",
+    "in a step": "mtl_dist.training.loop.rows_of_mean",
 }
 
 

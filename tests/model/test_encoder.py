@@ -3,7 +3,6 @@
 python -m pytest tests/model/test_encoder.py
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+from mtl_dist.data.packed import Packed, pack
 from mtl_dist.model import encoder as encoder_module
-from mtl_dist.model.encoder import Encoder, Packed, Shape, pack
+from mtl_dist.model.encoder import Encoder, Shape
 from mtl_dist.model.heads import pool
 from mtl_dist.model.weights import _foreign_names, load_weights, read_shape
+from tests.conftest import SHARED
 
-SHARED = Path(os.environ.get("MTL_DIST_SHARED", Path(__file__).parents[3] / "shared"))
 MINILM = SHARED / "models" / "minilm-l6"
 
 SHAPES = {

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from mtl_dist.model.encoder import pack
+from mtl_dist.data.packed import pack
 from mtl_dist.model.heads import Head, pool
 
 WIDTH = 6

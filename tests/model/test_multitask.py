@@ -15,12 +15,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mtl_dist.config import UserError
+from mtl_dist.data.packed import pack
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.files import faults
-from mtl_dist.model.encoder import Encoder, Shape, pack
+from mtl_dist.model.encoder import Encoder, Shape
 from mtl_dist.model.multitask import MODEL_FILES, MultiTaskModel, load_model, save_model
 from mtl_dist.model.weights import EncoderConfig, build_encoder
 from mtl_dist.tasks import TaskConfig
-from mtl_dist.tokenizer import load_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "mat"]
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

@@ -26,10 +26,11 @@ from transformers import (
 )
 
 from mtl_dist.config import UserError
-from mtl_dist.model.encoder import Encoder, Shape, pack
+from mtl_dist.data.packed import pack
+from mtl_dist.data.tokenizer import load_tokenizer
+from mtl_dist.model.encoder import Encoder, Shape
 from mtl_dist.model.heads import pool
 from mtl_dist.model.weights import EncoderConfig, build_encoder, max_positions, read_shape, save_checkpoint
-from mtl_dist.tokenizer import load_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "mat", "##s", "!"]
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

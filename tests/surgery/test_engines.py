@@ -15,7 +15,7 @@ from mtl_dist.config import UserError
 from mtl_dist.surgery.rows import Rows
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD, last_records, written_out
-from tests.training import ENGINES, far_apart, run, run_under
+from tests.trained import ENGINES, far_apart, run, run_under
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def test_plain_training_is_that_of_one_process(tiny: Path, engine: str) -> None:
 
 
 def run_and_never_forget(config: Path, *overrides: str) -> dict[str, Any]:
-    with patch("mtl_dist.engine.forget"), patch("mtl_dist.zero.forget"):
+    with patch("mtl_dist.training.engine.forget"), patch("mtl_dist.surgery.zero.forget"):
         return run_under("zero3", config, *overrides)
 
 

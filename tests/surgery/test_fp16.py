@@ -15,10 +15,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mtl_dist.engine import Engine
+from mtl_dist.training.engine import Engine
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD, last_records
-from tests.training import far_apart, run
+from tests.trained import far_apart, run
 
 FP16 = ["precision=fp16", "log.every_steps=1"]
 pytestmark = pytest.mark.slow

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from mtl_dist.config import UserError, load
 from mtl_dist.data.batches import RowStream, TrainRows, make_batch
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.surgery import rows
-from mtl_dist.tokenizer import load_tokenizer
-from mtl_dist.train import load_data
+from mtl_dist.training.loop import load_data
 from tests.distributed import on_ranks
-from tests.training import NO_DROPOUT, far_apart, run
+from tests.trained import NO_DROPOUT, far_apart, run
 
 TASKS = ("mood", "same", "near")
 LAST = [*NO_DROPOUT, "log.tensorboard=false", *(f"tasks.{task}.dev=null" for task in TASKS)]

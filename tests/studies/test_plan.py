@@ -15,11 +15,11 @@ from rich.console import Console
 
 from mtl_dist.cli import main
 from mtl_dist.config import load
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
-from mtl_dist.plan import Plan, StageCost, cost_of, plan, tables, timed_run
+from mtl_dist.studies.plan import Plan, StageCost, cost_of, plan, tables, timed_run
 from mtl_dist.surgery.gradients import GradientsConfig
-from mtl_dist.tokenizer import load_tokenizer
-from mtl_dist.train import load_data
+from mtl_dist.training.loop import load_data
 
 # 205 words, 64 positions, 2 segments and a norm of width 32; two layers of 4,224 + 4,192 + 128; a pooler of 32 x 33.
 ENCODER = 271 * 32 + 64 + 2 * 8544 + 1056
@@ -243,7 +243,7 @@ def test_measured_times(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_two_processes_measure_and_one_talks(tiny: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--config_file", str(Path(__file__).parents[1] / "accelerate_configs" / "cpu_2proc.yaml")]
+    launch += ["--config_file", str(Path(__file__).parents[2] / "accelerate_configs" / "cpu_2proc.yaml")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
     command = [*launch, "-m", "mtl_dist", "plan", str(tiny), "--measure", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)

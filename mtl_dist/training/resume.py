@@ -15,11 +15,11 @@ from mtl_dist.checkpoint import CHECKPOINTS, COVERED, Checkpoint, Snapshot, Writ
 from mtl_dist.config import UserError, differences
 from mtl_dist.data.prepare import Split
 from mtl_dist.distributed import engine_name, precision_of
-from mtl_dist.engine import Engine
 from mtl_dist.experiment import Experiment
 from mtl_dist.files import put_back
 from mtl_dist.model.multitask import BEST, MultiTaskModel
-from mtl_dist.telemetry import plain_table
+from mtl_dist.training.engine import Engine
+from mtl_dist.watch.screen import plain_table
 
 # What may change without a word: between the ranks of a run, and between a run and what goes on with it.
 OF_A_NODE = {"data_dir", "cache_dir", "output_dir"}

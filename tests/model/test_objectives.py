@@ -1,6 +1,6 @@
 """Labels as users write them become numbers or a reason; every loss has the value worked by hand.
 
-python -m pytest tests/test_objectives.py
+python -m pytest tests/model/test_objectives.py
 """
 
 import math
@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from mtl_dist.model.heads import Cosine
-from mtl_dist.objectives import Label, Loss
+from mtl_dist.model.objectives import Label, Loss
 
 CLASSES = {"kind": "classification", "num_classes": 5}
 NAMES = {"kind": "classification", "names": ["bad", "so so", "good"]}

@@ -28,6 +28,7 @@ from mtl_dist.data.batches import RowStream, TrainBatches, TrainRows, prefetched
 from mtl_dist.data.mixer import Draw, Order
 from mtl_dist.data.prepare import Split, train_rows_in_dev
 from mtl_dist.data.read import place
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.distributed import (
     Stops,
     Watchdog,
@@ -40,15 +41,15 @@ from mtl_dist.distributed import (
     refuse_differences,
     seed_step,
 )
-from mtl_dist.engine import Engine, start_engine
-from mtl_dist.evaluate import Scores, deciding_score, main_scores, score_all
 from mtl_dist.experiment import Experiment, Stage
 from mtl_dist.files import drafts, faults, put_back
-from mtl_dist.meter import Alarms, Meter, enough_memory
 from mtl_dist.model.multitask import BEST, MODEL_FILES, SCORES, MultiTaskModel, save_model
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer, set_lr
-from mtl_dist.resume import (
+from mtl_dist.surgery.gradients import Gradients, groups_of
+from mtl_dist.training.books import Alarms, Meter, enough_memory
+from mtl_dist.training.engine import Engine, start_engine
+from mtl_dist.training.resume import (
     OF_A_NODE,
     Saver,
     about,
@@ -58,20 +59,9 @@ from mtl_dist.resume import (
     load_weights,
     moments_of,
 )
-from mtl_dist.surgery.gradients import Gradients, groups_of
-from mtl_dist.telemetry import (
-    DRAFT,
-    METRICS,
-    TENSORBOARD,
-    Recorder,
-    Screen,
-    counting,
-    make_console,
-    plain_table,
-    score_table,
-    stage_table,
-)
-from mtl_dist.tokenizer import load_tokenizer
+from mtl_dist.training.scores import Scores, deciding_score, main_scores, score_all
+from mtl_dist.watch.recorder import DRAFT, METRICS, TENSORBOARD, Recorder
+from mtl_dist.watch.screen import Screen, counting, make_console, plain_table, score_table, stage_table
 
 REJECTED = "rejected.tsv"
 # All that a run leaves in its folder.

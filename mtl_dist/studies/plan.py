@@ -22,8 +22,9 @@ from tokenizers import Tokenizer
 from mtl_dist.data.mixer import Explicit, Order, SampledOrder
 from mtl_dist.experiment import Experiment, LogConfig, StageConfig
 from mtl_dist.surgery.gradients import GradientsConfig
-from mtl_dist.telemetry import METRICS, plain_table
-from mtl_dist.train import Splits, build_model, stage_optimizer, train
+from mtl_dist.training.loop import Splits, build_model, stage_optimizer, train
+from mtl_dist.watch.recorder import METRICS
+from mtl_dist.watch.screen import plain_table
 
 MOST_READS = 4  # of a row, up to which reading it again is nearly as good as reading another one
 RECORDED_STEPS, RECORDS = 4, 3  # of each stage in a timed run

@@ -1,6 +1,6 @@
 """A run that was stopped goes on as if nothing had happened: on other ranks and under another engine too.
 
-python -m pytest tests/test_resume.py
+python -m pytest tests/training/test_resume.py
 """
 
 import json
@@ -13,9 +13,9 @@ import yaml
 
 from mtl_dist.config import UserError, load
 from mtl_dist.experiment import Experiment
-from mtl_dist.train import train
+from mtl_dist.training.loop import train
 from tests.distributed import on_ranks
-from tests.training import far_apart, go_on_until, run
+from tests.trained import far_apart, go_on_until, run
 
 pytestmark = pytest.mark.slow
 

@@ -20,10 +20,11 @@ from mtl_dist.data.batches import Batch
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import place
 from mtl_dist.distributed import precision_of
-from mtl_dist.engine import Stepped
 from mtl_dist.experiment import Stage
 from mtl_dist.surgery.conflict import Conflict, mean_of
-from mtl_dist.telemetry import Recorder, Screen, StepReport
+from mtl_dist.training.engine import Stepped
+from mtl_dist.watch.recorder import Recorder, StepReport
+from mtl_dist.watch.screen import Screen
 
 T = TypeVar("T")
 

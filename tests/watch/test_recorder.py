@@ -17,18 +17,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtl_dist.surgery.conflict import conflict, mean_of
-from mtl_dist.telemetry import (
-    LARGEST,
-    METRICS,
-    NOTHING,
-    TENSORBOARD,
-    Recorder,
-    Screen,
-    StepReport,
-    counting,
-    score_table,
-    surgery_images,
-)
+from mtl_dist.watch.pictures import LARGEST, NOTHING, surgery_images
+from mtl_dist.watch.recorder import METRICS, TENSORBOARD, Recorder, StepReport
+from mtl_dist.watch.screen import Screen, counting, score_table
 
 REPORT = StepReport(
     step=20,

@@ -1,6 +1,6 @@
 """The loop as users run it, on one process and on several real ones.
 
-python -m pytest tests/test_train.py
+python -m pytest tests/training/test_loop.py
 """
 
 import json
@@ -14,12 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mtl_dist.config import UserError, load
 from mtl_dist.data.mixer import Size
-from mtl_dist.evaluate import evaluate_run
 from mtl_dist.experiment import Experiment
-from mtl_dist.telemetry import TENSORBOARD
-from mtl_dist.train import evaluation_steps, train
+from mtl_dist.runs.predict import evaluate_run
+from mtl_dist.training.loop import evaluation_steps, train
+from mtl_dist.watch.recorder import TENSORBOARD
 from tests.distributed import on_ranks
-from tests.training import NO_DROPOUT, far_apart, run, written_out
+from tests.trained import NO_DROPOUT, far_apart, run, written_out
 
 
 @pytest.fixture

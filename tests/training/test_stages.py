@@ -1,6 +1,6 @@
 """Stages and mixers in the loop: against the same training written out, on one rank and on several.
 
-python -m pytest tests/test_stages.py
+python -m pytest tests/training/test_stages.py
 """
 
 import json
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mtl_dist.config import UserError, load
 from mtl_dist.data.batches import TrainBatches, make_batch
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
-from mtl_dist.tokenizer import load_tokenizer
-from mtl_dist.train import load_data
+from mtl_dist.training.loop import load_data
 from tests.distributed import on_ranks
-from tests.training import NO_DROPOUT, far_apart, run, written_out
+from tests.trained import NO_DROPOUT, far_apart, run, written_out
 
 QUIET = [*NO_DROPOUT, "evaluate.every_steps=100", "log.tensorboard=false"]
 # Without dev sets it is the last model that is kept.
@@ -117,7 +117,7 @@ def test_waiting_for_batches_is_measured(tiny: Path, monkeypatch: pytest.MonkeyP
 
 def test_no_two_steps_have_the_same_dropout(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[tuple[int, ...]] = []
-    monkeypatch.setattr("mtl_dist.train.seed_step", lambda *seed: seeds.append(seed))
+    monkeypatch.setattr("mtl_dist.training.loop.seed_step", lambda *seed: seeds.append(seed))
     run(tiny, *QUIET, STAGES)
     assert len(seeds) == len(set(seeds)) == 24
 
@@ -150,7 +150,7 @@ def test_heads_leave_the_encoder_as_it_was_and_all_moves_it(tiny: Path) -> None:
 
 def saved_bytes_and_seconds(config: Path, trains: str) -> tuple[int, float]:
     """What one forward pass keeps for the backward pass, and how long both take, where the stage trains `trains`."""
-    from mtl_dist.train import build_model, stage_optimizer
+    from mtl_dist.training.loop import build_model, stage_optimizer
 
     experiment = load(Experiment, config, [f"stages=[{{trains: {trains}, tasks: [mood]}}]", "tasks.mood.pooling=mean"])
     shape = experiment.encoder.shape.model_copy(update={"hidden_size": 256, "intermediate_size": 1024})  # type: ignore[union-attr]

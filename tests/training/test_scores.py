@@ -8,10 +8,11 @@ import pytest
 
 from mtl_dist.config import load
 from mtl_dist.data.prepare import Split
-from mtl_dist.evaluate import deciding_score, main_scores, score, shown, write_predictions
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
+from mtl_dist.runs.predict import shown, write_predictions
 from mtl_dist.tasks import TaskConfig
-from mtl_dist.tokenizer import load_tokenizer
+from mtl_dist.training.scores import deciding_score, main_scores, score
 
 
 def opened(config: Path, task: str) -> tuple[TaskConfig, Split]:

@@ -1,10 +1,9 @@
 """The same tokens as transformers, whatever the checkpoint's tokenizer file asks for, and cut off as it would.
 
-python -m pytest tests/test_tokenizer.py
+python -m pytest tests/data/test_tokenizer.py
 """
 
 import json
-import os
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from tokenizers import Tokenizer
 from transformers import BertTokenizerFast
 
 from mtl_dist.config import UserError
-from mtl_dist.tokenizer import checkpoint_folder, encode, encode_in_worker, load_tokenizer, read_json, start_worker
+from mtl_dist.data.tokenizer import checkpoint_folder, encode, encode_in_worker, load_tokenizer, read_json, start_worker
+from tests.conftest import SHARED
 
-SHARED = Path(os.environ.get("MTL_DIST_SHARED", Path(__file__).parents[2] / "shared"))
 MINILM = SHARED / "models" / "minilm-l6"
 
 WORDS = [

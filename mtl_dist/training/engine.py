@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from mtl_dist.distributed import autocast, precision_of
 from mtl_dist.surgery.rows import Layout, Replicated, Rows, Scattered, Sharded
-from mtl_dist.zero import Partitioned, averaged_parts, forget, places
+from mtl_dist.surgery.zero import Partitioned, averaged_parts, forget, places
 
 M = TypeVar("M", bound=nn.Module)
 Reached = Mapping[str, Set[str]]  # the names of the parameters that each task goes through

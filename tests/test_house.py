@@ -1,0 +1,101 @@
+"""The package is a house: a room imports only from rooms below it, and a file only from files below it in its room.
+
+python -m pytest tests/test_house.py
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import mtl_dist
+
+PACKAGE = Path(mtl_dist.__file__).parent
+HOUSE = """
+    config
+    metrics files checkpoint distributed doctor optim
+    watch: pictures recorder screen
+    surgery: combiners conflict rows ddp fsdp2 zero surgery
+    data: packed tokenizer read corpus mixer prepare batches
+    model: encoder heads objectives weights multitask
+    tasks
+    experiment
+    training: engine scores resume folder books setup loop
+    runs: predict
+    studies: plan
+    cli
+"""  # from the ground up; within a line, and so within a room, from left to right
+
+
+def _files() -> list[str]:
+    files = []
+    for line in HOUSE.split("\n"):
+        room, _, names = line.strip().rpartition(": ")
+        files += [f"{room}.{name}" if room else name for name in names.split()]
+    return files
+
+
+FILES = _files()
+
+
+def path_of(name: str) -> Path:
+    return PACKAGE / f"{name.replace('.', '/')}.py"
+
+
+def imports(path: Path) -> set[str]:
+    """The package's own files that a file imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mtl_dist":
+            base = node.module.removeprefix("mtl_dist").removeprefix(".")
+            names = {f"{base}.{alias.name}".removeprefix(".") for alias in node.names} & set(FILES)
+            found |= names or ({base} - {""})
+        assert (
+            not isinstance(node, ast.Import)
+            or not any(alias.name == "mtl_dist" for alias in node.names)
+            or (
+                path.name == "resume.py"  # for the version
+            )
+        )
+    return found
+
+
+def test_every_file_has_its_place() -> None:
+    there = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        for path in PACKAGE.rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    assert there == set(FILES)
+
+
+def test_imports_go_down() -> None:
+    climbs = [
+        f"{name} imports {other}"
+        for place, name in enumerate(FILES)
+        for other in imports(path_of(name))
+        if other not in FILES[:place]
+    ]
+    assert not climbs
+
+
+def test_surgery_knows_nothing_of_the_package_but_config() -> None:
+    for path in (PACKAGE / "surgery").glob("*.py"):
+        assert all(other == "config" or other.startswith("surgery") for other in imports(path)), path
+
+
+def test_the_reader_of_imports_sees_them() -> None:
+    assert imports(path_of("training.loop")) >= {"distributed", "training.setup", "training.books"}
+    assert imports(path_of("model.multitask")) >= {"files", "model.encoder"}
+
+
+def loaded_by(statement: str, *modules: str) -> list[str]:
+    code = f"import sys; {statement}; print(*[m for m in {modules} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_public_names_load_and_the_package_itself_is_light() -> None:
+    for name in mtl_dist.__all__:
+        assert getattr(mtl_dist, name).__name__ == name
+    assert loaded_by("import mtl_dist, mtl_dist.cli", "torch", "numpy", "accelerate") == []

@@ -20,7 +20,7 @@ from mtl_dist.data.batches import Batch
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
-from mtl_dist.training.loop import build_model, load_data, train_batches
+from mtl_dist.training.setup import build_model, load_data, train_batches
 
 WINDOWS = (1, 4, 16, 64)
 

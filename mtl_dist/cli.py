@@ -165,7 +165,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     ranks = asked or config.distributed.processes or launched
     from mtl_dist.data.tokenizer import load_tokenizer
     from mtl_dist.studies.plan import measure, plan, tables
-    from mtl_dist.training.loop import load_data
+    from mtl_dist.training.setup import load_data
     from mtl_dist.watch.screen import make_console
 
     tokenizer = load_tokenizer(config.encoder.tokenizer_source)
@@ -214,7 +214,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
     from mtl_dist.data.prepare import train_rows_in_dev
     from mtl_dist.data.tokenizer import load_tokenizer
-    from mtl_dist.training.loop import data_table, load_data
+    from mtl_dist.training.setup import data_table, load_data
     from mtl_dist.watch.screen import make_console
 
     splits = load_data(config, load_tokenizer(config.encoder.tokenizer_source), make_console(True, stderr=True))

@@ -116,6 +116,14 @@ def load(model: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         raise UserError("\n".join(_explain(model, error, places))) from None
 
 
+def made(model: type[T], what: str, **values: Any) -> T:
+    """The config of values that a program gives; `what` is what a mistake's line begins with."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(model, error, {(): what}))) from None
+
+
 def overlay(below: Any, above: Any, keys: Keys = (), on_replaced: Callable[[Keys], object] = lambda keys: None) -> Any:
     """`above` laid over `below`, mapping by mapping; null takes away what is below it.
 

@@ -8,12 +8,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    PositiveFloat,
     PositiveInt,
     WithJsonSchema,
     model_validator,
@@ -30,7 +31,7 @@ from mtl_dist.distributed import DistributedConfig, Precision
 from mtl_dist.metrics import OVERALL
 from mtl_dist.model.weights import EncoderConfig, max_positions
 from mtl_dist.optim import EVERYTHING, AnySchedule, OptimConfig, Rate
-from mtl_dist.surgery.gradients import GradientsConfig
+from mtl_dist.surgery.surgery import SurgeryConfig
 from mtl_dist.tasks import SplitName, TaskConfig
 
 
@@ -63,6 +64,24 @@ Trains = Annotated[
     WithJsonSchema({"anyOf": [{"enum": list(TRAINS)}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Epochs = Annotated[float, Field(ge=0, le=1e6)]
+
+
+class GradientsConfig(SurgeryConfig):
+    """How a step's gradients are gathered and combined."""
+
+    # per_task: a draw counts by its mean loss; per_sample: every row of a step counts alike, so large batches win.
+    reweight: Literal["per_task", "per_sample"] = "per_task"
+    accumulation: PositiveInt = 1  # micro-batches that each process computes a draw in; changes memory alone
+    max_tokens: PositiveInt | None = None  # of a micro-batch: there are as many more of them as this takes
+    clip_norm: PositiveFloat | None = None  # largest norm of the gradient, over all parameters
+    # A gradient that is infinite or NaN: the step is left out, the task that it comes from is, or the run ends.
+    nonfinite: Literal["skip_step", "drop_task", "stop"] = "skip_step"
+    most_nonfinite: PositiveInt = 10  # steps in a row with such a gradient, after which the run ends
+
+    def of_surgery(self) -> dict[str, Any]:
+        """The arguments of Surgery."""
+        settings = {name: getattr(self, name) for name in SurgeryConfig.model_fields}
+        return settings | {"drop_nonfinite": self.nonfinite == "drop_task"}
 
 
 class StageConfig(Config):
@@ -195,7 +214,7 @@ class Experiment(Config):
         return self
 
     @model_validator(mode="after")
-    def _mixers_fit(self) -> "Experiment":
+    def _mixers_and_gradients_fit(self) -> "Experiment":
         for index, stage in enumerate(self.all_stages()):
             own = bool(self.stages) and self.stages[index].mixer is not None
             keys: Keys = ("stages", index, "mixer") if own else ("mixer",)
@@ -203,8 +222,18 @@ class Experiment(Config):
                 stage.mixer.refuse_others(list(stage.tasks))
             except ValueError as error:
                 raise MisfitError(keys, f"{stage.label}mixer.{error}") from None
-            kind = stage.gradients.combiner.kind
-            if stage.gradients.operates and len(stage.tasks) > 1 and stage.mixer.most_tasks(len(stage.tasks)) == 1:
+            gradients = stage.gradients
+            if gradients.nonfinite == "drop_task" and not (
+                gradients.measure or (gradients.operates and gradients.every == 1)
+            ):
+                of_stage = bool(self.stages) and "gradients" in self.stages[index].model_fields_set
+                raise MisfitError(
+                    ("stages", index, "gradients") if of_stage else ("gradients",),
+                    f"{stage.label}gradients.nonfinite is drop_task, which needs the tasks' gradients apart in every "
+                    "step: set measure",
+                )
+            kind = gradients.combiner.kind
+            if gradients.operates and len(stage.tasks) > 1 and stage.mixer.most_tasks(len(stage.tasks)) == 1:
                 raise MisfitError(
                     keys,
                     f"{stage.label}mixer {stage.mixer.kind} draws one task a step, but gradients.combiner {kind} "

@@ -20,7 +20,7 @@ HOUSE = """
     model: encoder heads objectives weights multitask
     tasks
     experiment
-    training: engine scores resume folder books setup loop
+    training: engine scores resume folder setup books loop
     runs: predict
     studies: plan
     cli

@@ -17,7 +17,8 @@ from mtl_dist.data.corpus import write_corpus
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 from mtl_dist.metrics import overall
-from mtl_dist.training.loop import build_model, stage_optimizer, train
+from mtl_dist.training.loop import train
+from mtl_dist.training.setup import build_model, stage_optimizer
 
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "configs" / "reports"

@@ -19,8 +19,9 @@ from mtl_dist.distributed import Stops
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel, load_model
 from mtl_dist.model.weights import build_encoder
-from mtl_dist.training.loop import load_data, train
+from mtl_dist.training.loop import train
 from mtl_dist.training.scores import Scores, score_all
+from mtl_dist.training.setup import load_data
 
 ROOT = Path(__file__).parents[1]
 NO_DROPOUT = [
@@ -39,7 +40,7 @@ def run(config: Path, *overrides: str, resume: str | None = None) -> dict[str, A
         here.update({name: p.detach().clone() for name, p in model.named_parameters()})
         return score_all(accelerator, model, *args)
 
-    with patch("mtl_dist.training.loop.score_all", scored):
+    with patch("mtl_dist.training.books.score_all", scored):
         scores = train(experiment, overwrite=resume is None, resume=resume or "never")
     if not (experiment.output_dir / "best").exists():
         return {"scores": scores, "parameters": here, "kept": {}}

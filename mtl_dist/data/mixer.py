@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heappop, heappush
@@ -69,6 +69,10 @@ class Order(ABC):
     def draws(self, step: int) -> list[Draw]:
         """What a step trains on."""
 
+    def names(self, start: int = 0) -> Iterator[list[str]]:
+        """The tasks of each step, from some step on: the same on all ranks, and after every resume."""
+        return ([task for task, _ in self.draws(step)] for step in range(start, self.steps))
+
     @abstractmethod
     def expected(self) -> dict[str, float]:
         """How often the stage draws each task; of random draws, on average."""
@@ -87,6 +91,22 @@ class Mixer(Config):
     @abstractmethod
     def order(self, sizes: Sizes, seed: Seed, epochs: float, steps: int | None = None) -> Order:
         """The draws of a stage that lasts for some epochs, or for some steps."""
+
+    def over(
+        self, loaders: Mapping[str, Sized | int], *, seed: int = 0, epochs: float = 1.0, steps: int | None = None
+    ) -> Order:
+        """The draws from anybody's loaders, each a draw of one batch; of a loader without a length, give that."""
+        sizes = {}
+        for task, loader in loaders.items():
+            try:
+                sizes[task] = Size(loader if isinstance(loader, int) else len(loader), 1)
+            except TypeError:
+                raise UserError(f"the loader of '{task}' has no length; give its batches of an epoch instead") from None
+        try:
+            self.refuse_others(list(sizes))
+        except ValueError as error:
+            raise UserError(f"mixer.{error}") from None
+        return self.order(sizes, (seed, 0), epochs, steps)
 
 
 def _refuse_unlike(field: str, named: list[str], tasks: list[str]) -> None:

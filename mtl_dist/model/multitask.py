@@ -66,6 +66,10 @@ class MultiTaskModel(nn.Module):
         pooled_SD = pool(self.encoder(packed), packed, self.pooling[task], self.encoder)
         return self.heads[task](pooled_SD).float()  # type: ignore[no-any-return]
 
+    def apart(self) -> list[str]:
+        """The submodules that only some tasks go through."""
+        return ["encoder.pooler", *(f"heads.{task}" for task in self.heads)]
+
     def reached_by(self, task: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that a task's forward pass goes through, with their names."""
         unused = "" if self.pooling[task] == "pooler" else "encoder.pooler."

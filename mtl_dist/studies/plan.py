@@ -20,9 +20,10 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from mtl_dist.data.mixer import Explicit, Order, SampledOrder
-from mtl_dist.experiment import Experiment, LogConfig, StageConfig
-from mtl_dist.surgery.gradients import GradientsConfig
-from mtl_dist.training.loop import Splits, build_model, stage_optimizer, train
+from mtl_dist.experiment import Experiment, GradientsConfig, LogConfig, StageConfig
+from mtl_dist.training.folder import Splits
+from mtl_dist.training.loop import train
+from mtl_dist.training.setup import build_model, stage_optimizer
 from mtl_dist.watch.recorder import METRICS
 from mtl_dist.watch.screen import plain_table
 

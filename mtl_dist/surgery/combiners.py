@@ -9,6 +9,7 @@ A method is a function, its settings are a class with a `kind`. To add one: writ
 # Shape suffixes: T = tasks of the step, S = those whose gradient is not zero, U = S and one row more.
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from math import exp, isfinite, log, sqrt
 from typing import Annotated, Any, Literal
 
@@ -33,12 +34,23 @@ State = dict[str, Any]  # what a method remembers from step to step: numbers by 
 class GramCombiner(Config):
     """A method that looks at the gradients."""
 
-    def weights(self, gram_TT: Tensor, tasks: list[str], state: State, generator: torch.Generator) -> Tensor:
+    def weights(
+        self,
+        gram_TT: Tensor,
+        tasks: Sequence[str] | None = None,
+        state: State | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """How often each task's gradient goes into the combined one, in fp64 on the CPU.
 
-        The tasks are those of this step, in the matrix's order. One alone has weight 1. Where the matrix is not finite
-        (fp16 overflowed) the weights are NaN, so that the combined gradient is not finite either, and `state` stays.
+        The tasks are those of this step, in the matrix's order; by default they are called by their numbers. A method
+        that remembers does so in `state`, and one that draws lots does so from `generator`, by default torch's own,
+        which ranks do not share. One task alone has weight 1. Where the matrix is not finite (fp16 overflowed) the
+        weights are NaN, so that the combined gradient is not finite either, and `state` stays.
         """
+        tasks = list(map(str, range(len(gram_TT)))) if tasks is None else list(tasks)
+        state = {} if state is None else state
+        generator = torch.default_generator if generator is None else generator
         gram_TT = gram_TT.detach().to("cpu", torch.float64)
         if not gram_TT.isfinite().all():
             return torch.full((len(tasks),), torch.nan, dtype=torch.float64)

@@ -5,9 +5,9 @@ have in common `averaged_gradients`: this rank's parts of the gradients, between
 All that touches DeepSpeed's internals is here; the tests against one process guard it.
 """
 
-# Shape suffixes: as in surgery/rows.py.
+# Shape suffixes: as in rows.py.
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from mtl_dist.surgery.rows import Layout, Rows
+from mtl_dist.config import UserError
+from mtl_dist.surgery.rows import Parameters, Rows
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,13 @@ def places(zero: Any) -> dict[nn.Parameter, Place]:
     return found
 
 
+def groups_in(zero: Any) -> dict[Tensor, list[nn.Parameter]]:
+    """The parameters behind each flat tensor that the optimizer steps."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+        return dict(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True))
+    return dict(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True))
+
+
 def forget(zero: Any) -> None:
     """Clears the averaged gradients.
 
@@ -94,41 +103,125 @@ def averaged_parts(zero: Any) -> dict[nn.Parameter, Tensor]:
 
 
 class Partitioned(Rows):
-    """The rows of tasks under ZeRO: read after each task, and their combination written once, before the step."""
+    """The rows of tasks under ZeRO: read after each visit, and their combination written once, before the step."""
 
-    def __init__(self, layout: Layout, zero: Any, places: Mapping[nn.Parameter, Place]) -> None:
-        super().__init__(layout)
-        self.zero = zero
-        self._allocate(places[p].inside.stop - places[p].inside.start for p in layout.shared)
-        self.own_parts: dict[nn.Parameter, Tensor] = {}
+    steps = True
+
+    def __init__(self, model: Any, shared: Parameters, rest: Parameters, dtype: torch.dtype, scaler: Any) -> None:
+        self.zero = model.optimizer
+        _refuse(self.zero)
+        super().__init__(model, shared, rest, dtype, scaler)
+        # ZeRO-3 frees its weights with the first backward pass (deepspeedai/DeepSpeed#8135).
+        self.retains = not hasattr(self.zero, "fp32_partitioned_groups_flat")
+        self.places = places(self.zero)
+        self.groups = groups_in(self.zero)
+        self.names = {parameter: name for name, parameter in model.module.named_parameters()}
+        self._lay_out(self.places[p].inside.stop - self.places[p].inside.start for p in shared)
+        self.device = next(iter(self.places.values())).flat.device
+        self.step_reached: Set[nn.Parameter] = set()
+        self.hooks.append(self.zero.optimizer.register_step_pre_hook(self._pass_over_unused))
+
+    def _group(self) -> Any:
+        return self.zero.dp_process_group
 
     def start(self) -> None:
         """Begins a step."""
         super().start()
-        self.own_parts.clear()
+        forget(self.zero)
 
     @contextmanager
-    def of_task(self, task: str) -> Iterator[None]:
-        """Around the backward passes of a task's micro-batches; once in a step."""
-        row_N = self.rows_KN[len(self.tasks)]
-        self.tasks.append(task)
+    def micro_batch(self, averages: bool) -> Iterator[None]:
+        """Around a backward pass; whether ZeRO then averages."""
+        # The loop's own no_sync, of accelerator.accumulate, must not keep a visit's gradient back.
+        inside, self.model.inside_no_sync_ctxt = self.model.inside_no_sync_ctxt, False
+        self.model.set_gradient_accumulation_boundary(averages)
+        try:
+            with super().micro_batch(averages):
+                yield
+        finally:
+            self.model.inside_no_sync_ctxt = inside
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Adds to the gradients."""
+        self.model.backward(loss, retain_graph=retain_graph)  # accelerator.backward would step as well
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor that keeps fp16 gradients in range; they still have it when they are combined."""
+        return float(self.zero.loss_scale)
+
+    @contextmanager
+    def of_task(self, task: str, last: bool) -> Iterator[None]:
+        """Around the backward passes of a visit of a task."""
+        k, _ = self._visit(task)
         forget(self.zero)
         yield
         parts = averaged_parts(self.zero)
-        for parameter, columns in zip(self.layout.shared, self.slices, strict=True):
+        for parameter, columns in zip(self.shared, self.slices, strict=True):
             if parameter in parts:
-                row_N[columns].copy_(parts[parameter].reshape(-1)[: columns.stop - columns.start])
-        self.own_parts |= {p: parts[p].clone() for p in self.layout.own[task] if p in parts}
+                self.rows[k][columns].add_(parts[parameter].reshape(-1)[: columns.stop - columns.start])
+        self._keep_own(k, [(parameter, parts[parameter].clone()) for parameter in self.rest if parameter in parts])
 
-    def deposit(self, weights_SK: Tensor) -> None:
-        """Makes the combination of the rows, and every head's own gradient, what ZeRO will step with."""
+    def settle(self, reached: Set[nn.Parameter]) -> None:
+        """Refuses a step that would move what it did not reach: ZeRO steps all parameters of a group as one."""
+        self.step_reached = reached
+        for members in self.groups.values():
+            here = [parameter for parameter in members if parameter in reached]
+            if here and len(here) < len(members):
+                away = next(parameter for parameter in members if parameter not in reached)
+                raise UserError(
+                    f"ZeRO moves all parameters of an optimizer's group as one, and this step reached "
+                    f"'{self.names[here[0]]}' but not '{self.names[away]}' of the same group; freeze what no task "
+                    "uses, and before prepare give what not every step uses a group of its own: "
+                    "split_groups(optimizer, model, 'HEAD', ...)"
+                )
+
+    def _pass_over_unused(self, *_: object) -> None:
+        for flat, members in self.groups.items():
+            if self.step_reached.isdisjoint(members):
+                flat.grad = None
+
+    def deposit(self, weights_SK: Tensor, reached: Set[nn.Parameter]) -> None:
+        """Makes the combination of the rows, and the sum of what is not combined, what ZeRO will step with."""
         combined_N = self.combined(weights_SK)
-        dropped = {parameter for task in self.dropped for parameter in self.layout.own[task]}
-        columns = dict(zip(self.layout.shared, self.slices, strict=True))
+        own = self.summed_own()
+        columns = dict(zip(self.shared, self.slices, strict=True))
         for parameter, part in averaged_parts(self.zero).items():
             part.zero_()
             if parameter in columns:
                 here = combined_N[columns[parameter]]
                 part.view(-1)[: len(here)].copy_(here)
-            elif parameter in self.own_parts and parameter not in dropped:
-                part.copy_(self.own_parts[parameter])
+            elif parameter in own:
+                part.copy_(own[parameter])
+
+
+def _refuse(zero: Any) -> None:
+    """Refuses ways of ZeRO that keep gradients where they cannot be read."""
+    if not (hasattr(zero, "fp32_partitioned_groups_flat") or hasattr(zero, "single_partition_of_fp32_groups")):
+        raise UserError(
+            f"DeepSpeed steps with {type(zero).__name__}, which hides its gradients; use zero_optimization.stage 1, 2 "
+            "or 3 (1 not in bf16 with grad_accum_dtype fp32)"
+        )
+    for attribute, key in (
+        ("cpu_offload", "offload_optimizer"),
+        ("offload_optimizer", "offload_optimizer"),
+        ("offload_param", "offload_param"),
+        ("round_robin_gradients", "round_robin_gradients"),  # it keeps parameters elsewhere than it says
+    ):
+        if getattr(zero, attribute, False):
+            raise UserError(f"DeepSpeed's zero_optimization.{key} is not supported; leave it out")
+
+
+def split_groups(optimizer: Optimizer, model: nn.Module, *modules: str) -> None:
+    """Gives the parameters of each of these submodules groups of their own, before ZeRO flattens the groups.
+
+    What a step may leave out must not share a group with what it moves.
+    """
+    part_of = {parameter: path for path in modules for parameter in model.get_submodule(path).parameters()}
+    divided: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        by_part: dict[str, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_part.setdefault(part_of.get(parameter, ""), []).append(parameter)
+        divided += [{**group, "params": parameters} for parameters in by_part.values()]
+    optimizer.param_groups[:] = divided

@@ -1,28 +1,39 @@
-"""What happened between two reports of a run, counted as it trains; what follows from losses that are no numbers."""
+"""What a run counts, judges and tells as it trains, and the state of all that for a checkpoint.
 
+The meter counts what happens between two reports; alarms say where losses and gradients that are no numbers come from;
+the judge scores the dev sets and keeps the best model; recorder and screen tell.
+"""
+
+import json
 import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtl_dist.config import UserError
+from mtl_dist.config import UserError, dump
 from mtl_dist.data.batches import Batch
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import place
-from mtl_dist.distributed import precision_of
-from mtl_dist.experiment import Stage
+from mtl_dist.distributed import Watchdog, on_one
+from mtl_dist.experiment import Experiment, Stage
+from mtl_dist.files import faults
+from mtl_dist.model.multitask import BEST, MODEL_FILES, SCORES, MultiTaskModel, save_model
 from mtl_dist.surgery.conflict import Conflict, mean_of
 from mtl_dist.training.engine import Stepped
+from mtl_dist.training.scores import Scores, deciding_score, main_scores, score_all
+from mtl_dist.training.setup import Run, Trainer
 from mtl_dist.watch.recorder import Recorder, StepReport
 from mtl_dist.watch.screen import Screen
 
@@ -222,7 +233,10 @@ class Alarms:
     def after(self, done: int, stage: Stage, stepped: Stepped, dropped: set[str], losses: Mapping[str, float]) -> None:
         """Looks at a step; every rank finds the same."""
         if stepped.skipped or dropped:
-            self._no_number(done, stage, dropped, [task for task, loss in losses.items() if not math.isfinite(loss)])
+            lost = [task for task, loss in losses.items() if not math.isfinite(loss)]
+            # An overflow is what fp16's losses are scaled for, as long as the scale can fall.
+            if lost or dropped or stepped.loss_scale <= 1:
+                self._no_number(done, stage, dropped, lost)
         else:
             self.in_a_row = 0
         finite = {task: loss for task, loss in losses.items() if math.isfinite(loss)}
@@ -231,9 +245,6 @@ class Alarms:
             self.of_late[task].append(loss)
 
     def _no_number(self, done: int, stage: Stage, dropped: set[str], tasks: list[str]) -> None:
-        scaled = self.accelerator.scaler is not None or precision_of(self.accelerator) == "fp16"
-        if scaled and not (tasks or dropped):
-            return  # an overflow, for which fp16's losses are scaled
         self.in_a_row += 1
         rows = self.meter.losses_of_rows(tasks) if tasks else {}
         places = {
@@ -277,3 +288,137 @@ class Alarms:
     def _places(self, task: str, rows: Iterable[int]) -> list[str]:
         split = self.splits[task]
         return [place(split.source, split.line(row)) for row in rows]
+
+
+class Judge:
+    """Scores the dev sets, and keeps the best model."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Experiment,
+        splits: dict[str, Split],
+        tokenizer: Tokenizer,
+        screen: Screen,
+        recorder: Recorder | None,
+        on_batch: Callable[[], object],
+    ) -> None:
+        """`on_batch` hears of every batch that is scored."""
+        self.accelerator = accelerator
+        self.config = config
+        self.splits = splits
+        self.tokenizer = tokenizer
+        self.screen = screen
+        self.recorder = recorder
+        self.on_batch = on_batch
+        self.best: Scores = {}
+        self.after_stage: dict[str, Scores] = {}
+        self.unsaved: str | None = None  # why the best model so far is not in the run folder
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from these scores, if they can be compared and the model is there; every rank must ask for it."""
+        best = state["best"]
+        if best and best["tasks"].keys() != self.splits.keys():
+            return
+        self.after_stage, self.unsaved = state["after_stage"], state["unsaved"]
+        if on_one(self.accelerator, lambda: saved_scores(self.config.output_dir / BEST)) == best:
+            self.best = best
+        elif best:
+            self.screen.line(
+                f"{BEST} is not, or no longer, the model of step {best['step']}: the next one scored replaces it"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """The scores so far."""
+        return {"best": self.best, "after_stage": self.after_stage, "unsaved": self.unsaved}
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether the run folder has the best model so far."""
+        return bool(self.best) and not self.unsaved
+
+    def evaluate(self, model: MultiTaskModel, stage: str, step: int) -> None:
+        """Scores all tasks after a step; every rank must take part."""
+        config = self.config
+        scores = score_all(
+            self.accelerator, model, config.tasks, self.splits, config.evaluate.max_tokens, self.on_batch
+        )
+        self.after_stage[stage] = scores
+        self.screen.scores(step, main_scores(config.tasks, scores), scores)
+        if self.recorder:
+            self.recorder.record(step, "dev", {"stage": stage, **scores})
+        # With nothing to score the last model is the best.
+        if not self.splits or not self.best or deciding_score(config, scores) > deciding_score(config, self.best):
+            best = {"step": step, **scores}
+            try:
+                on_one(self.accelerator, lambda: save_model(model, self.tokenizer, config.output_dir / BEST, best))
+                self.best, self.unsaved = best, None
+            except UserError as error:
+                self.unsaved = f"step {step}: the best model is not saved: {error}"
+                self.screen.line(self.unsaved)
+
+
+def saved_scores(folder: Path) -> Any:
+    """The scores of the model in a folder, if there is a whole one."""
+    if faults(folder, MODEL_FILES):
+        return None
+    try:
+        return json.loads((folder / SCORES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+class Books:
+    """The books of a run."""
+
+    def __init__(self, run: Run) -> None:
+        config, accelerator = run.config, run.accelerator
+        self.run = run
+        self.screen = Screen(list(config.tasks), run.total_steps, run.console)
+        self.recorder: Recorder | None = None
+        if accelerator.is_main_process:
+            self.recorder = Recorder(config.output_dir, config.log.tensorboard, run.done)
+            if run.resumed is None:
+                self.recorder.text("config", dump(config))
+        self.watchdog = Watchdog(config.distributed.timeout_s, accelerator.num_processes)
+        self.meter = Meter(accelerator, {name: task.batch_size for name, task in config.tasks.items()})
+        self.judge = Judge(
+            accelerator, config, run.splits["dev"], run.tokenizer, self.screen, self.recorder, self.watchdog.watch
+        )
+        self.alarms = Alarms(accelerator, self.meter, run.splits["train"], self.screen, self.recorder)
+        if run.resumed is not None:
+            state = run.resumed.state
+            self.meter.load(state["meter"])
+            self.alarms.load(state["alarms"])
+            if run.goes_on_here:  # elsewhere the best model was left behind
+                self.judge.load(state)
+
+    def __enter__(self) -> Self:
+        self.screen.__enter__()
+        self.watchdog.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.watchdog.__exit__(*exception)
+        self.screen.__exit__(*exception)
+
+    def state(self) -> dict[str, Any]:
+        """All of it that a checkpoint keeps."""
+        return {"meter": self.meter.state(), "alarms": self.alarms.state(), **self.judge.state()}
+
+    def report(self, trainer: Trainer) -> None:
+        """Tells of the steps since the last report."""
+        report = self.meter.report(trainer.stage.name, self.run.done, trainer.optimizer)
+        self.screen.steps(report)
+        if self.recorder:
+            self.recorder.record(self.run.done, "train", report.as_record())
+
+    def evaluate(self, trainer: Trainer) -> None:
+        """Scores the dev sets; every rank must take part."""
+        with trainer.engine.whole() as whole:
+            self.judge.evaluate(whole, trainer.stage.name, self.run.done)
+
+    def close(self) -> None:
+        """Writes out what is still in memory."""
+        if self.recorder:
+            self.recorder.close()

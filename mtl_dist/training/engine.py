@@ -1,16 +1,16 @@
 """What trains a stage's model on all ranks together: DDP or one process, DeepSpeed's ZeRO, FSDP2. The launcher chooses.
 
-The loop is the same for all of them. They differ in how gradients are averaged, how the optimizer steps, and where the
-weights are; for scoring and saving, and from one stage to the next, `whole` has them all on every rank.
+The loop is the same for all of them. How gradients are averaged is surgery's business; here is how the optimizer steps,
+and where weights and moments are. For scoring and saving, and from one stage to the next, `whole` has the weights on
+every rank.
 """
 
 import copy
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -23,11 +23,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from mtl_dist.distributed import autocast, precision_of
-from mtl_dist.surgery.rows import Layout, Replicated, Rows, Scattered, Sharded
-from mtl_dist.surgery.zero import Partitioned, averaged_parts, forget, places
+from mtl_dist.surgery.zero import averaged_parts, places, split_groups
 
 M = TypeVar("M", bound=nn.Module)
-Reached = Mapping[str, Set[str]]  # the names of the parameters that each task goes through
 
 
 @dataclass(frozen=True)
@@ -36,17 +34,15 @@ class Stepped:
 
     norm: float  # of the gradient, before clipping
     skipped: bool  # because of an overflow that fp16's scaling is there for, or because the norm is no number
+    loss_scale: float  # of the next step
 
 
 class Engine(ABC, Generic[M]):
     """A stage's model and its optimizer."""
 
-    def __init__(
-        self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None, reached: Reached
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None) -> None:
         self.accelerator = accelerator
         self.clip_norm = clip_norm
-        self.reached = reached
         self.model: Any
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.module: M = accelerator.unwrap_model(self.model)  # the same without wrappers, for its parameters
@@ -55,25 +51,9 @@ class Engine(ABC, Generic[M]):
         """What the model makes of its inputs, in the run's precision."""
         return self.model(*inputs)
 
-    def start(self, tasks: Collection[str]) -> None:
-        """Begins a step that draws these tasks."""
-        self.tasks = tasks
-
-    def micro_batch(self, averages: bool) -> AbstractContextManager[None]:
-        """Around forward and backward; whether the engine then averages what has come together over the ranks."""
-        return nullcontext() if averages else self.accelerator.no_sync(self.model)
-
-    def backward(self, loss: Tensor) -> None:
-        """Adds to the gradients."""
-        self.accelerator.backward(loss)
-
-    @abstractmethod
-    def rows(self, layout: Layout, scatter: bool) -> Rows:
-        """Where the tasks' gradients are kept apart; DDP scatters them over the ranks only when told."""
-
     @property
     def loss_scale(self) -> float:
-        """The factor that keeps fp16 gradients in range; they still have it when they are combined."""
+        """The factor that keeps fp16 gradients in range."""
         scaler = self.accelerator.scaler
         return 1.0 if scaler is None else float(scaler.get_scale())
 
@@ -82,13 +62,17 @@ class Engine(ABC, Generic[M]):
         before = self.loss_scale
         largest = math.inf if self.clip_norm is None else self.clip_norm
         norm = float(_whole(self.accelerator.clip_grad_norm_(self.module.parameters(), largest)))
-        # The same on all ranks, because the gradients are. With a scaler the optimizer finds out by itself.
+        # The same on all ranks, because the gradients are.
         finite = math.isfinite(norm)
-        if finite or self.accelerator.scaler is not None:
+        if self.accelerator.scaler is None:
+            steps = finite
+        else:  # the optimizer finds out by itself, if there is any gradient left to look at
+            steps = any(parameter.grad is not None for parameter in self.module.parameters())
+        if steps:
             self.optimizer.step()
         self.optimizer.zero_grad()
         # A fused optimizer skips an overflow by itself; only the scale tells.
-        return Stepped(norm, skipped=not finite or self.loss_scale < before)
+        return Stepped(norm, not (finite and steps) or self.loss_scale < before, self.loss_scale)
 
     def moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """What the optimizer knows of each parameter that it moved, whole; every rank must ask for all of them."""
@@ -129,9 +113,6 @@ class Engine(ABC, Generic[M]):
 class Replicas(Engine[M]):
     """One process, or DDP: every rank has the model and the optimizer."""
 
-    def rows(self, layout: Layout, scatter: bool) -> Rows:
-        return Scattered(layout) if scatter and self.accelerator.num_processes > 1 else Replicated(layout)
-
     @contextmanager
     def whole(self) -> Iterator[M]:
         yield self.module
@@ -145,11 +126,9 @@ class Replicas(Engine[M]):
 class Split(Engine[M]):
     """The weights, or what the optimizer keeps of them, are spread over the ranks; a whole copy waits on the CPU."""
 
-    def __init__(
-        self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None, reached: Reached
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None) -> None:
         self.copy = copy.deepcopy(model).cpu()
-        super().__init__(accelerator, model, optimizer, clip_norm, reached)
+        super().__init__(accelerator, model, optimizer, clip_norm)
 
     @abstractmethod
     def gather(self, parameter: nn.Parameter) -> Tensor:
@@ -180,9 +159,6 @@ class Fsdp2(Split[M]):
         with autocast(self.accelerator):  # which Accelerate adds under DDP only
             return self.model(*inputs)
 
-    def rows(self, layout: Layout, scatter: bool) -> Rows:
-        return Sharded(layout)
-
     def gather(self, parameter: nn.Parameter) -> Tensor:
         return _whole(parameter.detach())
 
@@ -190,42 +166,16 @@ class Fsdp2(Split[M]):
 class Zero(Split[M]):
     """DeepSpeed's ZeRO 1, 2 and 3: its engine averages, clips and steps."""
 
-    def __init__(
-        self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None, reached: Reached
-    ) -> None:
-        # ZeRO steps all parameters of a group as one. So what goes unused together makes a group of its own,
-        optimizer.param_groups[:] = grouped_by_use(optimizer.param_groups, dict(model.named_parameters()), reached)
-        # and the optimizer passes over those that a step left unused: a gradient of zero would move them.
-        optimizer.register_step_pre_hook(self._pass_over_unused)
+    def __init__(self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None) -> None:
         # Our AdamW is not on DeepSpeed's list; the tests vouch for it.
         logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
         accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = clip_norm or 0.0
-        super().__init__(accelerator, model, optimizer, clip_norm, reached)
+        super().__init__(accelerator, model, optimizer, clip_norm)
         self.places = places(self.model.optimizer)
         # DeepSpeed makes its fp32 weights of those that it has just rounded to the model's precision.
         for ours, theirs in zip(self.copy.parameters(), self.module.parameters(), strict=True):
             if (place := self.places.get(theirs)) is not None:
                 place.scatter(ours.detach().to(accelerator.device), place.flat.detach())
-
-    def start(self, tasks: Collection[str]) -> None:
-        super().start(tasks)
-        forget(self.model.optimizer)
-
-    def _pass_over_unused(self, optimizer: Optimizer, *_: object) -> None:
-        for group in optimizer.param_groups:
-            if group["tasks"].isdisjoint(self.tasks):
-                for parameter in group["params"]:
-                    parameter.grad = None
-
-    def micro_batch(self, averages: bool) -> AbstractContextManager[None]:
-        self.model.set_gradient_accumulation_boundary(averages)
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        self.model.backward(loss)  # accelerator.backward would step as well
-
-    def rows(self, layout: Layout, scatter: bool) -> Rows:
-        return Partitioned(layout, self.model.optimizer, self.places)
 
     @property
     def loss_scale(self) -> float:
@@ -240,7 +190,7 @@ class Zero(Split[M]):
         # In fp16 DeepSpeed finds out by itself; else it would step.
         if math.isfinite(norm) or precision_of(self.accelerator) == "fp16":
             self.model.step()
-        return Stepped(norm, skipped=not math.isfinite(norm) or zero.overflow)
+        return Stepped(norm, not math.isfinite(norm) or zero.overflow, self.loss_scale)
 
     def gather(self, parameter: nn.Parameter) -> Tensor:
         place = self.places[parameter]
@@ -290,26 +240,12 @@ def _like(parameter: nn.Parameter, whole: Tensor) -> Tensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
 
-def grouped_by_use(
-    groups: list[dict[str, Any]], parameters: Mapping[str, nn.Parameter], reached: Reached
-) -> list[dict[str, Any]]:
-    """An optimizer's groups, divided so that each holds parameters that the same tasks go through."""
-    tasks_of = {
-        p: frozenset(task for task, names in reached.items() if name in names) for name, p in parameters.items()
-    }
-    divided = []
-    for group in groups:
-        by_tasks = defaultdict(list)
-        for parameter in group["params"]:
-            by_tasks[tasks_of[parameter]].append(parameter)
-        divided += [{**group, "params": params, "tasks": tasks} for tasks, params in by_tasks.items()]
-    return divided
-
-
 def start_engine(
-    accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None, reached: Reached
+    accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None, apart: Sequence[str]
 ) -> Engine[M]:
-    """The engine that the launcher asked for."""
+    """The engine that the launcher asked for; `apart` names submodules that not every step goes through."""
     engines: dict[DistributedType, type[Engine[M]]] = {DistributedType.DEEPSPEED: Zero, DistributedType.FSDP: Fsdp2}
     engine = engines.get(accelerator.distributed_type, Replicas)
-    return engine(accelerator, model, optimizer, clip_norm, reached)
+    if engine is Zero:
+        split_groups(optimizer, model, *apart)
+    return engine(accelerator, model, optimizer, clip_norm)

@@ -90,7 +90,7 @@ class Screen:
         loss, all_draws = self.report.loss.get(task), sum(self.report.draws.values())
         return [
             "" if loss is None else f"{loss:.4f}",
-            f"{self.report.draws[task] / all_draws:.1%}",
+            f"{self.report.draws[task] / all_draws:.1%}" if all_draws else "",  # every step so far was left out
             f"{self.report.examples[task]:,}",
         ]
 

@@ -25,6 +25,7 @@ from mtl_dist.distributed import Stops
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
 from mtl_dist.surgery.combiners import PCGrad
+from mtl_dist.surgery.rows import Rows
 from mtl_dist.training.engine import Engine, Stepped
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD
@@ -162,19 +163,19 @@ def test_a_gradient_that_surgery_made_infinite_is_left_out(tiny: Path, engine: s
 
 def poisoned_in_the_head(config: Path, *overrides: str) -> dict[str, Any]:
     """Trains; in the third step one gradient of a head comes out as NaN on the last rank, where its loss is finite."""
-    backward, made = Engine.backward, 0
+    backward, made = Rows.backward, 0
 
-    def poisoning(engine: Engine[MultiTaskModel], loss: Tensor) -> None:
+    def poisoning(rows: Rows, loss: Tensor, retain_graph: bool = False) -> None:
         nonlocal made
         made += 1
         hook = None
         if made == 8 and os.environ["RANK"] == "1":  # of three tasks, the second
-            hook = next(engine.module.heads["same"].parameters()).register_hook(lambda grad: grad * math.nan)
-        backward(engine, loss)
+            hook = next(rows.model.module.heads["same"].parameters()).register_hook(lambda grad: grad * math.nan)
+        backward(rows, loss)
         if hook is not None:
             hook.remove()
 
-    with patch.object(Engine, "backward", poisoning):
+    with patch.object(Rows, "backward", poisoning):
         return run(config, *overrides)
 
 
@@ -276,12 +277,12 @@ def test_a_rank_that_hangs_is_ended_and_shows_where(tiny: Path) -> None:
     [
         ("mtl_dist.training.scores.eval_batches", 1),
         ("mtl_dist.data.batches.make_batch", 1),
-        ("mtl_dist.training.loop.save_model", 0),
+        ("mtl_dist.training.books.save_model", 0),
     ],
 )
 def test_a_rank_that_hangs_elsewhere_does_so_too(tiny: Path, where: str, rank: int) -> None:
     often = ["distributed.timeout_s=6", "evaluate.every_steps=1", "steps=20"]
-    if where == "mtl_dist.training.loop.save_model":
+    if where == "mtl_dist.training.books.save_model":
         often += LAST  # without dev sets every model is the best one
     with pytest.raises(AssertionError) as error:
         on_ranks(2, hang_in, where, rank, tiny, *often, timeout_s=60, patience_s=30)
@@ -344,10 +345,10 @@ def test_a_signal_that_is_said_again(tiny: Path) -> None:
 
 
 MOMENTS = {
-    "in the data's preparation": "mtl_dist.training.loop.load_data",
+    "in the data's preparation": "mtl_dist.training.setup.load_data",
     "in an evaluation": "mtl_dist.training.scores.predict",
     "in a save": "mtl_dist.checkpoint.save_file",
-    "while the best model is saved": "mtl_dist.training.loop.save_model",
+    "while the best model is saved": "mtl_dist.training.books.save_model",
     "in a step": "mtl_dist.training.loop.rows_of_mean",
 }
 

@@ -16,10 +16,9 @@ from rich.console import Console
 from mtl_dist.cli import main
 from mtl_dist.config import load
 from mtl_dist.data.tokenizer import load_tokenizer
-from mtl_dist.experiment import Experiment
+from mtl_dist.experiment import Experiment, GradientsConfig
 from mtl_dist.studies.plan import Plan, StageCost, cost_of, plan, tables, timed_run
-from mtl_dist.surgery.gradients import GradientsConfig
-from mtl_dist.training.loop import load_data
+from mtl_dist.training.setup import load_data
 
 # 205 words, 64 positions, 2 segments and a norm of width 32; two layers of 4,224 + 4,192 + 128; a pooler of 32 x 33.
 ENCODER = 271 * 32 + 64 + 2 * 8544 + 1056

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mtl_dist.training.engine import Engine
+from mtl_dist.surgery.rows import Rows
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD, last_records
 from tests.trained import far_apart, run
@@ -29,7 +29,7 @@ SCALE = 2.0**10
 def run_in_fp16(config: Path, overflows: list[int], *overrides: str) -> dict[str, Any]:
     """Trains; on rank 1, these of all backward passes overflow. Tells as well the loss scale at each of them."""
     scales: list[float] = []
-    plain_backward = Engine.backward
+    plain_backward = Rows.backward
 
     def scaling(**options: Any) -> Accelerator:
         accelerator = Accelerator(**options)
@@ -37,15 +37,15 @@ def run_in_fp16(config: Path, overflows: list[int], *overrides: str) -> dict[str
         accelerator.native_amp = True
         return accelerator
 
-    def backward(engine: Engine[Any], loss: Tensor) -> None:
-        scales.append(engine.loss_scale)
+    def backward(rows: Rows, loss: Tensor, retain_graph: bool = False) -> None:
+        scales.append(rows.loss_scale)
         unlucky = len(scales) in overflows and os.environ.get("RANK") == "1"
-        plain_backward(engine, loss * float("inf") if unlucky else loss)
+        plain_backward(rows, loss * float("inf") if unlucky else loss)
 
     with (
         patch("mtl_dist.distributed.Accelerator", scaling),
         patch("mtl_dist.distributed._check_precision"),
-        patch.object(Engine, "backward", backward),
+        patch.object(Rows, "backward", backward),
     ):
         return {**run(config, *overrides), "scales": scales}
 

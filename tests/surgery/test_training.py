@@ -22,8 +22,8 @@ from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
 from mtl_dist.model.weights import build_encoder
-from mtl_dist.surgery import rows
-from mtl_dist.training.loop import load_data
+from mtl_dist.surgery import ddp
+from mtl_dist.training.setup import load_data
 from tests.distributed import on_ranks
 from tests.trained import NO_DROPOUT, far_apart, run
 
@@ -241,12 +241,12 @@ def sent_bytes(config: Path, *overrides: str) -> int:
 
     shares = {
         "dist.all_reduce": (dist.all_reduce, lambda out: 2 * (world - 1) * size(out) // world),
-        "reduce_scatter": (rows.reduce_scatter, lambda out: (world - 1) * size(out)),
-        "all_gather": (rows.all_gather, lambda out: (world - 1) * size(out) // world),
+        "reduce_scatter": (ddp.reduce_scatter, lambda out: (world - 1) * size(out)),
+        "all_gather": (ddp.all_gather, lambda out: (world - 1) * size(out) // world),
     }
     with ExitStack() as patches:
         for name, (collective, share) in shares.items():
-            patches.enter_context(patch(f"mtl_dist.surgery.rows.{name}", counting(collective, share)))
+            patches.enter_context(patch(f"mtl_dist.surgery.ddp.{name}", counting(collective, share)))
         run(config, *overrides)
     return sent
 

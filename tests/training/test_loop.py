@@ -16,7 +16,8 @@ from mtl_dist.config import UserError, load
 from mtl_dist.data.mixer import Size
 from mtl_dist.experiment import Experiment
 from mtl_dist.runs.predict import evaluate_run
-from mtl_dist.training.loop import evaluation_steps, train
+from mtl_dist.training.loop import train
+from mtl_dist.training.setup import evaluation_steps
 from mtl_dist.watch.recorder import TENSORBOARD
 from tests.distributed import on_ranks
 from tests.trained import NO_DROPOUT, far_apart, run, written_out

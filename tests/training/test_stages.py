@@ -18,7 +18,7 @@ from mtl_dist.config import UserError, load
 from mtl_dist.data.batches import TrainBatches, make_batch
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
-from mtl_dist.training.loop import load_data
+from mtl_dist.training.setup import load_data
 from tests.distributed import on_ranks
 from tests.trained import NO_DROPOUT, far_apart, run, written_out
 
@@ -150,7 +150,7 @@ def test_heads_leave_the_encoder_as_it_was_and_all_moves_it(tiny: Path) -> None:
 
 def saved_bytes_and_seconds(config: Path, trains: str) -> tuple[int, float]:
     """What one forward pass keeps for the backward pass, and how long both take, where the stage trains `trains`."""
-    from mtl_dist.training.loop import build_model, stage_optimizer
+    from mtl_dist.training.setup import build_model, stage_optimizer
 
     experiment = load(Experiment, config, [f"stages=[{{trains: {trains}, tasks: [mood]}}]", "tasks.mood.pooling=mean"])
     shape = experiment.encoder.shape.model_copy(update={"hidden_size": 256, "intermediate_size": 1024})  # type: ignore[union-attr]

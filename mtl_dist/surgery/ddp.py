@@ -1,0 +1,216 @@
+"""One process, or DDP: rows are all-reduced, or reduce-scattered, while the next task computes.
+
+DDP's own averaging is used only in steps without rows, of loops that say when their last backward pass comes.
+"""
+
+# Shape suffixes: as in rows.py.
+
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mtl_dist.config import UserError
+from mtl_dist.surgery.rows import Parameters, Rows
+
+# Their names from torch 2.13 on, and before.
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+class Replicated(Rows):
+    """Every rank holds all of every row."""
+
+    scattered = False
+    averaged_by_engine = False
+
+    def __init__(self, model: Any, shared: Parameters, rest: Parameters, dtype: torch.dtype, scaler: Any) -> None:
+        self.ddp = model if isinstance(model, DistributedDataParallel) else None
+        super().__init__(model, shared, rest, dtype, scaler)
+        if self.ddp is None and self.world > 1:
+            raise UserError(
+                f"the model is not wrapped for the {self.world} ranks that run; give it to accelerator.prepare first "
+                "(on CPUs with Accelerator(cpu=True), or it does nothing), or to DistributedDataParallel"
+            )
+        if self.ddp is not None:
+            _refuse(self.ddp)
+            # Before a forward pass nobody knows which loss will follow. Loops switch this, too: their no_sync restores.
+            self.hooks.append(self.ddp.register_forward_pre_hook(self._decide))
+        self.averages = False  # whether DDP does
+        self.begins = True  # whether the next forward pass is the step's first
+        self._lay_out(parameter.numel() for parameter in shared)
+        # Where rows have the gradients' precision, backward passes add to them as they are.
+        self.pointed = all(parameter.dtype == dtype for parameter in shared)
+        self.open: set[int] = set()  # rows that wait for their last visit
+        self.late: list[tuple[int, Tensor]] = []  # what came to a row that was already on its way
+
+    def _group(self) -> Any:
+        return None if self.ddp is None else self.ddp.process_group
+
+    def _decide(self, *_: object) -> None:
+        assert self.ddp is not None
+        self.ddp.require_backward_grad_sync = self.averages
+        if self.begins and torch.is_grad_enabled():  # buffers, as BatchNorm has them: DDP sends them where it averages
+            self.ddp.require_forward_param_sync = True
+            self.begins = False
+
+    def start(self) -> None:
+        """Begins a step."""
+        super().start()
+        self.open.clear()
+
+    @contextmanager
+    def micro_batch(self, averages: bool) -> Iterator[None]:
+        """Around a backward pass, and the forward pass before it where DDP shall average."""
+        self.averages = averages
+        try:
+            with super().micro_batch(averages):
+                yield
+        finally:
+            self.averages = False
+
+    @contextmanager
+    def of_task(self, task: str, last: bool) -> Iterator[None]:
+        """Around the backward passes of a visit of a task; `last` lets its reduction start at once."""
+        k, new = self._visit(task)
+        flat_P = self._to_fill(k, new)
+        if self.pointed:
+            give(flat_P, self.shared)
+        yield
+        if not self.pointed:
+            start = 0
+            for parameter in self.shared:
+                if parameter.grad is not None:
+                    flat_P[start : start + parameter.numel()].add_(parameter.grad.reshape(-1))
+                start += parameter.numel()
+        for parameter in self.shared:
+            parameter.grad = None
+        self._take_own(k)
+        self._filled(k, flat_P, last)
+
+    def _to_fill(self, k: int, new: bool) -> Tensor:
+        return self.rows[k] if new or k in self.open else torch.zeros_like(self.rows[k])
+
+    def _filled(self, k: int, flat_P: Tensor, last: bool) -> None:
+        if flat_P is not self.rows[k]:
+            self.late.append((k, flat_P))
+            self._average(flat_P)
+        elif last:
+            self.open.discard(k)
+            self._average(flat_P)
+        else:
+            self.open.add(k)
+
+    def _average(self, row: Tensor) -> None:
+        if self.world > 1:
+            self.pending.append(dist.all_reduce(row.div_(self.world), group=self.group, async_op=True))
+
+    def finish(self) -> None:
+        """Averages the rows whose last visit nobody announced, and waits for all."""
+        for k in sorted(self.open):
+            self._average(self.rows[k])
+        self.open.clear()
+        super().finish()
+        for k, flat_P in self.late:
+            self.rows[k].add_(flat_P)
+        self.late.clear()
+
+    def deposit(self, weights_SK: Tensor, reached: Set[nn.Parameter]) -> None:
+        """Makes the combination of the rows, and the sum of what is not combined, the gradients of the parameters."""
+        self.begins = True
+        ours, rest = self.summed_own(), [parameter for parameter in self.rest if parameter in reached]
+        flat = torch.zeros(sum(parameter.numel() for parameter in rest), device=self.device)
+        start = 0
+        for parameter in rest:
+            if parameter in ours:
+                flat[start : start + parameter.numel()].copy_(ours[parameter].reshape(-1))
+            start += parameter.numel()
+        if rest:
+            self._average(flat)
+        give(self.whole(self.combined(weights_SK)), self.shared)
+        for parameter in self.shared:
+            if parameter not in reached:
+                parameter.grad = None
+        self.finish()
+        give(flat, rest)
+
+    def whole(self, combined_N: Tensor) -> Tensor:
+        """The combined gradient of all columns."""
+        return combined_N
+
+
+class Scattered(Replicated):
+    """Half the traffic: a rank keeps its columns of every row; the combination alone is gathered."""
+
+    scattered = True
+
+    def __init__(self, model: Any, shared: Parameters, rest: Parameters, dtype: torch.dtype, scaler: Any) -> None:
+        super().__init__(model, shared, rest, dtype, scaler)
+        # One is on its way while the next visit fills the other.
+        self.buffers = [torch.zeros(self.width * self.world, dtype=dtype, device=self.device) for _ in range(2)]
+        self.on_the_way: list[tuple[dist.Work, int, Tensor] | None] = [None, None]
+        self.turn = 0
+
+    def _held(self, ends: list[int]) -> tuple[list[int], int]:
+        width = -(-ends[-1] // self.world)
+        first = self.rank * width
+        # Columns before this rank's first one are empty slices at its start, those behind its last at its end.
+        return [min(max(end - first, 0), width) for end in ends], width
+
+    def _to_fill(self, k: int, new: bool) -> Tensor:
+        self.turn = 1 - self.turn
+        self._land(self.turn)
+        self.into_N = self.rows[k] if new else torch.empty_like(self.rows[k])
+        return self.buffers[self.turn].zero_()
+
+    def _filled(self, k: int, flat_P: Tensor, last: bool) -> None:
+        # Every visit is averaged by itself: only then a rank need not keep all columns.
+        work = reduce_scatter(self.into_N, flat_P.div_(self.world), group=self.group, async_op=True)
+        self.on_the_way[self.turn] = work, k, self.into_N
+
+    def _land(self, turn: int) -> None:
+        landing, self.on_the_way[turn] = self.on_the_way[turn], None
+        if landing is not None:
+            work, k, part_N = landing
+            work.wait()
+            if part_N is not self.rows[k]:
+                self.rows[k].add_(part_N)
+
+    def finish(self) -> None:
+        """Waits for the reductions that are under way."""
+        super().finish()
+        self._land(0)
+        self._land(1)
+
+    def whole(self, combined_N: Tensor) -> Tensor:
+        """The combined gradient of all columns."""
+        whole_P = combined_N.new_empty(len(combined_N) * self.world)
+        all_gather(whole_P, combined_N, group=self.group)
+        return whole_P
+
+
+def _refuse(ddp: DistributedDataParallel) -> None:
+    """Refuses ways of DDP that do not go together with averaging by task."""
+    if ddp.static_graph:
+        raise UserError(
+            "DDP's static_graph reduces gradients by itself whatever it is told; leave it out "
+            "(find_unused_parameters is not needed either)"
+        )
+    if getattr(ddp, "_comm_hooks", None):
+        raise UserError(
+            "DDP's communication hook would be passed over: surgery averages the gradients by itself; leave it out "
+            "(buffer_dtype='bf16' halves what is sent, reduce='reduce_scatter' as well)"
+        )
+
+
+def give(flat: Tensor, parameters: Parameters) -> None:
+    """Makes stretches of a flat tensor the gradients of parameters; copies them where the precision is another."""
+    start = 0
+    for parameter in parameters:
+        stretch = flat[start : start + parameter.numel()]
+        parameter.grad = stretch.view_as(parameter).to(parameter.dtype)
+        start += parameter.numel()

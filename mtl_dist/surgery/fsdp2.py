@@ -1,0 +1,112 @@
+"""FSDP2: backward passes leave in `.grad` this rank's shard of the averaged gradient."""
+
+# Shape suffixes: as in rows.py.
+
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from mtl_dist.config import UserError
+from mtl_dist.surgery.rows import Parameters, Rows
+
+
+class Sharded(Rows):
+    """Every rank holds its shards of every row."""
+
+    def __init__(self, model: Any, shared: Parameters, rest: Parameters, dtype: torch.dtype, scaler: Any) -> None:
+        self.mesh = _one_mesh((*shared, *rest))
+        super().__init__(model, shared, rest, dtype, scaler)
+        self.parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+        self._lay_out(local(parameter).numel() for parameter in shared)
+        self.device = local((*shared, *rest)[0]).device
+
+    def _group(self) -> Any:
+        return self.mesh.get_group()
+
+    def start(self) -> None:
+        """Begins a step."""
+        super().start()
+        # Gradients of shards come without the hooks that would tell of a plain backward pass.
+        if any(parameter.grad is not None and local(parameter.grad).any() for parameter in (*self.shared, *self.rest)):
+            raise UserError(
+                "there are gradients already, of a backward pass outside of surgery or of a step that was not cleared; "
+                "give every loss to surgery.backward, and clear the gradients after each step"
+            )
+        self._clear((*self.shared, *self.rest))
+
+    @staticmethod
+    def _clear(parameters: Parameters) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    @contextmanager
+    def micro_batch(self, averages: bool) -> Iterator[None]:
+        """Around a backward pass; whether FSDP2 then averages."""
+        self._average(averages)
+        try:
+            with super().micro_batch(averages):
+                yield
+        finally:
+            self._average(True)
+
+    def _average(self, averages: bool) -> None:
+        for part in self.parts:
+            part.set_requires_gradient_sync(averages, recurse=False)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Adds to the gradients."""
+        super().backward(loss, retain_graph)
+        self.reached |= {parameter for parameter in (*self.shared, *self.rest) if parameter.grad is not None}
+
+    @contextmanager
+    def of_task(self, task: str, last: bool) -> Iterator[None]:
+        """Around the backward passes of a visit of a task."""
+        k, _ = self._visit(task)
+        yield
+        for parameter, columns in zip(self.shared, self.slices, strict=True):
+            if parameter.grad is not None:
+                self.rows[k][columns].add_(local(parameter.grad).reshape(-1))
+        self._clear(self.shared)
+        self._take_own(k)
+
+    def deposit(self, weights_SK: Tensor, reached: Set[nn.Parameter]) -> None:
+        """Makes the combination of the rows, and the sum of what is not combined, the gradients of the parameters."""
+        combined_N = self.combined(weights_SK)
+        for parameter, columns in zip(self.shared, self.slices, strict=True):
+            if parameter in reached:
+                assert isinstance(parameter, DTensor)
+                shard = combined_N[columns].view_as(local(parameter)).to(parameter.dtype)
+                parameter.grad = DTensor.from_local(
+                    shard, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+                )
+        for parameter, gradient in self.summed_own().items():
+            parameter.grad = gradient
+
+
+def _one_mesh(parameters: Parameters) -> Any:
+    """The mesh that all parameters are sharded over; refuses other ways of spreading them."""
+    for parameter in parameters:
+        if not (
+            isinstance(parameter, DTensor)
+            and parameter.device_mesh.ndim == 1
+            and isinstance(parameter.placements[0], Shard)
+        ):
+            raise UserError(
+                "surgery needs every trained parameter sharded over one mesh dimension, and one here is not: "
+                "HSDP and tensor parallelism are not supported, and fully_shard must wrap the whole model"
+            )
+        if local(parameter).device.type != parameter.device_mesh.device_type:
+            raise UserError("FSDP2's CPU offload is not supported; leave offload_policy out")
+        mesh = parameter.device_mesh
+    return mesh
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor that FSDP2 spreads over the ranks."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()

@@ -1,0 +1,386 @@
+"""Gradient surgery for anybody's model and loop: one process, DDP, FSDP2, DeepSpeed's ZeRO.
+
+    surgery = Surgery(model, "pcgrad", shared="bert", accelerator=accelerator)
+    ...
+    surgery.backward({"nli": nli_loss, "sts": sts_loss})     # in the place of accelerator.backward(nli_loss + sts_loss)
+
+Average first, then combine: every task's gradient is the mean over all ranks before its inner products are formed, so
+any number of ranks computes what one would compute with the whole global batch.
+"""
+
+# Shape suffixes: K = tasks of the step, S = shared parameters.
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mtl_dist.config import Config, Pattern, UserError, made
+from mtl_dist.surgery.combiners import AnyCombiner, GramCombiner, LossCombiner, Sum
+from mtl_dist.surgery.conflict import Conflict, conflict
+from mtl_dist.surgery.ddp import Replicated, Scattered
+from mtl_dist.surgery.rows import Rows
+from mtl_dist.surgery.zero import Partitioned
+
+ALL = "all tasks"  # the one row of a step that keeps no tasks apart
+
+
+class SurgeryConfig(Config):
+    """How the gradients of a step's tasks are kept and combined."""
+
+    combiner: AnyCombiner = Sum()
+    # What is combined as one: all shared parameters, or each layer by itself.
+    scope: Literal["shared", "layers"] = "shared"
+    match: Pattern = "."  # only shared parameters of these names; the others' gradients are added up
+    every: PositiveInt = 1  # surgery on every n-th step, the plain sum on those between
+    # How far the tasks' gradients agree, also where they are only added up; `layers`: in each layer by itself as well.
+    measure: bool | Literal["layers"] = False
+    # Under DDP. all_reduce sends 2 K P elements a step; reduce_scatter (K + 1) P, and keeps K P / W of them.
+    reduce: Literal["all_reduce", "reduce_scatter"] = "all_reduce"
+    buffer_dtype: Literal["fp32", "bf16"] = "fp32"  # of the tasks' gradients
+
+    @property
+    def operates(self) -> bool:
+        """Whether the combination is another than the sum."""
+        return isinstance(self.combiner, GramCombiner) and not isinstance(self.combiner, Sum)
+
+    def operates_in(self, step: int) -> bool:
+        """Whether a step's gradients are combined, and not just added up."""
+        return self.operates and step % self.every == 0
+
+
+class Surgery:
+    """What the tasks' gradients go through on their way to the optimizer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        combiner: str | GramCombiner | LossCombiner = "pcgrad",
+        *,
+        shared: str | Sequence[str],
+        accelerator: Any = None,
+        scaler: Any = None,
+        seed: int | tuple[int, ...] = 0,
+        drop_nonfinite: bool = False,
+        **settings: Any,
+    ) -> None:
+        """`model` as its engine has wrapped it; `shared` names the submodules whose gradients are combined.
+
+        `scaler` scales fp16 losses where there is no accelerator to know it. `drop_nonfinite` leaves a task out of a
+        step in which its gradient is infinite or NaN. `settings` are the fields of SurgeryConfig.
+        """
+        kind = {"kind": combiner} if isinstance(combiner, str) else combiner
+        self.config = made(SurgeryConfig, "Surgery", combiner=kind, **settings)
+        self.drop_nonfinite = drop_nonfinite
+        self.accelerator = accelerator
+        self.seed = (seed,) if isinstance(seed, int) else seed
+        self.number = 0  # of the step at hand, or of the next one
+        self.state: dict[str, dict[str, Any]] = {}  # the combiner's, for each group of parameters
+        self.conflict: Conflict | None = None  # what the gradients of the last step were like
+        self.in_step = False
+
+        module = unwrapped(model)
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        if not trained:
+            raise UserError("the model has nothing to train: every parameter is frozen")
+        prefixes = _prefixes([shared] if isinstance(shared, str) else shared, module)
+        self.names = [name for name in trained if name.startswith(prefixes)]  # of the shared parameters
+        layers = by_layer(self.names, prefixes)
+        self.layers = layers if self.config.measure == "layers" else None
+        self.groups = groups_of(self.names, self.config, layers)
+        rest = [name for name in trained if not name.startswith(prefixes)]
+        self.rows: Rows = _rows_class(model, self.config.reduce)(
+            model,
+            [trained[name] for name in self.names],
+            [trained[name] for name in rest],
+            torch.bfloat16 if self.config.buffer_dtype == "bf16" else torch.float32,
+            scaler if accelerator is None else accelerator.scaler,
+        )
+        self.places = {parameter: place for place, parameter in enumerate((*self.rows.shared, *self.rows.rest))}
+
+    def close(self) -> None:
+        """Lets go of the model, so that it can train without surgery, or with another one."""
+        self.rows.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers by name: `accelerator.register_for_checkpointing(surgery)` saves them."""
+        return {"step": self.number, "combiner": self.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what `state_dict` once gave."""
+        self.number, self.state = state["step"], state["combiner"]
+
+    # -------------------------------------------------------------------------------------------- for loops of others
+
+    def backward(self, losses: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], last: bool | None = None) -> None:
+        """In the place of `accelerator.backward(sum of the losses)`, once for each micro-batch.
+
+        Takes each task's loss by name; the losses may come from one forward pass or from several. From a generator of
+        pairs each loss is asked for when the one before is done, so that one graph is in memory at a time. With the
+        step's last micro-batch, which Accelerate knows and others say by `last`, the combined gradient is left in the
+        parameters; under DeepSpeed the engine steps, as it does in `accelerator.backward`.
+        """
+        if last is None:
+            last = True if self.accelerator is None else self.accelerator.sync_gradients
+        if not self.in_step:
+            self._begin(self.number)
+        parts = 1 if self.accelerator is None or self.rows.steps else self.accelerator.gradient_accumulation_steps
+        left = len(losses) if isinstance(losses, Mapping) else 1
+        for task, loss in losses.items() if isinstance(losses, Mapping) else losses:
+            left -= 1
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise UserError(f"task '{task}': its loss must be one number that depends on trained parameters")
+            weight = self.loss_weights([task])[task]
+            if isinstance(self.config.combiner, LossCombiner):
+                self.losses.setdefault(task, []).append(loss.detach())
+            with self.task(task, last), self.rows.micro_batch(self.rows.averaged_by_engine):
+                try:
+                    self._add(task, loss * (weight / parts), retain_graph=left > 0 and self.rows.retains)
+                except RuntimeError as error:
+                    if "a second time" not in str(error):
+                        raise
+                    way_out = "give the losses as a mapping" if self.rows.retains else "ZeRO-3 needs one for each task"
+                    raise UserError(
+                        f"task '{task}': its loss shares a forward pass with one that is done; {way_out}"
+                    ) from error
+        if last:
+            self.observe(self._mean_losses())
+            self._combine()
+            if self.rows.steps:
+                self.rows.model.step()
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Each task's mean loss over the step's micro-batches and the ranks, where the combiner asks for it."""
+        if not self.losses:
+            return {}
+        means = torch.stack([torch.stack(values).float().mean() for values in self.losses.values()])
+        if self.rows.world > 1:
+            dist.all_reduce(means.div_(self.rows.world), group=self.rows.group)
+        return dict(zip(self.losses, means.tolist(), strict=True))
+
+    # --------------------------------------------------------------------------- for loops that know their steps before
+
+    @contextmanager
+    def step(self, number: int, tasks: Sequence[str]) -> Iterator[None]:
+        """Around all backward passes of a step; leaves the combined gradient where the optimizer finds it.
+
+            with surgery.step(number, ["nli", "sts"]):
+                with surgery.task("nli", last=True):              # once for each task, in this order
+                    with surgery.micro_batch(last) as backward:   # around forward and backward of a micro-batch
+                        backward(loss)
+
+        Since its tasks are known, a step that keeps nothing apart costs what plain training costs: the engine averages
+        the sum, with the last micro-batch of the last task.
+        """
+        self._begin(number)
+        self.by_engine = not self.apart
+        self.last_task = tasks[-1]
+        yield
+        self._combine()
+
+    @contextmanager
+    def task(self, task: str, last: bool = False) -> Iterator[None]:
+        """Around the backward passes of a task; `last` lets its reduction start at once."""
+        self.current = task if self.apart else ALL
+        self.ends_step = self.by_engine and task == self.last_task
+        self.rows.reached.clear()
+        with nullcontext() if self.by_engine else self.rows.of_task(self.current, last and self.apart):
+            yield
+        self.reached.setdefault(self.current, set()).update(self.rows.reached)
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[Callable[[Tensor], None]]:
+        """Around forward and backward of a micro-batch; gives what to call with its loss.
+
+        `last` is its task's last one.
+        """
+        with self.rows.micro_batch(last and (self.ends_step if self.by_engine else self.rows.averaged_by_engine)):
+            yield lambda loss: self._add(self.current, loss)
+
+    def loss_weights(self, tasks: Iterable[str]) -> dict[str, float]:
+        """What the losses of tasks are multiplied with, besides their own weights."""
+        if isinstance(self.config.combiner, LossCombiner):
+            return self.config.combiner.loss_weights(list(tasks), self.state.setdefault("losses", {}))
+        return dict.fromkeys(tasks, 1.0)
+
+    def observe(self, losses: Mapping[str, float]) -> None:
+        """Learns from the mean losses of the step's tasks, before any weight."""
+        if isinstance(self.config.combiner, LossCombiner):
+            self.config.combiner.observe(dict(losses), self.state.setdefault("losses", {}))
+
+    @property
+    def dropped(self) -> set[str]:
+        """The tasks that the last step went without."""
+        return self.rows.dropped
+
+    # ------------------------------------------------------------------------------------------------ what a step does
+
+    def _begin(self, number: int) -> None:
+        self.number = number
+        self.in_step = True
+        self.apart = bool(self.names) and (self.config.operates_in(number) or bool(self.config.measure))
+        self.by_engine = False
+        self.reached: dict[str, set[nn.Parameter]] = {}
+        self.lost: dict[str, Tensor] = {}  # whether some loss of a task was no number
+        self.losses: dict[str, list[Tensor]] = {}
+        self.rows.start()
+
+    def _add(self, task: str, loss: Tensor, retain_graph: bool = False) -> None:
+        if self.drop_nonfinite:
+            no_number = ~loss.detach().isfinite()
+            self.lost[task] = self.lost[task] | no_number if task in self.lost else no_number
+        self.rows.backward(loss, retain_graph)
+
+    def _combine(self) -> None:
+        rows, self.in_step, self.conflict = self.rows, False, None
+        if self.by_engine:
+            if rows.steps:
+                rows.settle(set().union(*self._agreed([ALL])[0].values()))
+        else:
+            reached, lost = self._agreed(rows.tasks)
+            grams_SKK = rows.grams()
+            grams_SKK /= rows.loss_scale**2
+            if self.drop_nonfinite and self.apart:
+                self._drop(grams_SKK, lost)
+            kept = set().union(*(reached[task] for task in rows.kept))
+            rows.settle(kept)
+            weights_SK = self._weights(grams_SKK, rows.tasks)
+            rows.deposit(weights_SK, kept)
+            if self.apart:
+                self.conflict = conflict(rows.tasks, grams_SKK, weights_SK, self.layers)
+        self.number += 1
+
+    def _drop(self, grams_SKK: Tensor, lost: Set[str]) -> None:
+        """Leaves out the tasks whose gradients are no numbers.
+
+        Where losses are scaled, gradients of finite losses may overflow. These stay: the scaler has to see them.
+        """
+        for k, task in enumerate(self.rows.tasks):
+            if not grams_SKK[:, k, k].sum().isfinite() and (task in lost or self.rows.loss_scale <= 1):
+                self.rows.drop(task)
+                grams_SKK[:, k] = grams_SKK[:, :, k] = 0
+
+    def _agreed(self, tasks: list[str]) -> tuple[dict[str, Set[nn.Parameter]], Set[str]]:
+        """What each task reached on any rank, and the tasks some of whose losses were no numbers on any rank.
+
+        Refuses ranks that came with other tasks.
+        """
+        if self.rows.world == 1:
+            return {task: self.reached.get(task, set()) for task in tasks}, {t for t in self.lost if self.lost[t]}
+        name = zlib.crc32("\n".join(tasks).encode())
+        seen_KS = torch.zeros(len(tasks), len(self.places), dtype=torch.int64)
+        for k, task in enumerate(tasks):
+            seen_KS[k, [self.places[parameter] for parameter in self.reached.get(task, ())]] = 1
+        none = torch.zeros((), dtype=torch.bool, device=self.rows.device)
+        lost_K = torch.stack([self.lost.get(task, none) for task in tasks]).long() if tasks else none[None].long()
+        # Ranks with other tasks may have more or fewer of them: their names go ahead.
+        names = torch.tensor([name, -name], device=self.rows.device)
+        dist.all_reduce(names, op=dist.ReduceOp.MAX, group=self.rows.group)
+        if names[0] != -names[1]:
+            raise UserError(
+                f"step {self.number}: the ranks came with different tasks, this one with {', '.join(tasks)}; draw the "
+                "tasks alike on all ranks, in the same order"
+            )
+        both = torch.cat([lost_K, seen_KS.reshape(-1).to(self.rows.device)])
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.rows.group)
+        found = both.cpu()
+        lost_K, seen_KS = found[: len(lost_K)], found[len(lost_K) :].view_as(seen_KS)
+        parameters = list(self.places)
+        reached: dict[str, Set[nn.Parameter]] = {
+            task: {parameters[place] for place in seen_S.nonzero()[:, 0].tolist()}
+            for task, seen_S in zip(tasks, seen_KS, strict=True)
+        }
+        return reached, {task for task, lost in zip(tasks, lost_K, strict=False) if lost}
+
+    def _weights(self, grams_SKK: Tensor, tasks: list[str]) -> Tensor:
+        """How often each task's gradient of each shared parameter goes into the combined one: the same on all ranks."""
+        weights_SK = grams_SKK.new_ones(grams_SKK.shape[:2])
+        if not (self.apart and self.config.operates_in(self.number)):
+            return weights_SK
+        assert isinstance(self.config.combiner, GramCombiner)
+        if self.rows.rank == 0:
+            seed = np.random.SeedSequence((*self.seed, self.number)).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(seed[0]) % 2**63)
+            for group, members in self.groups.items():
+                state = self.state.setdefault(group, {})
+                gram_KK = grams_SKK[members].sum(0)
+                weights_SK[members] = self.config.combiner.weights(gram_KK, tasks, state, generator)
+        # One rank decides: on another processor a sign near zero could come out the other way.
+        if self.rows.world > 1:
+            on_device = weights_SK.to(self.rows.device)
+            dist.broadcast(on_device, group_src=0, group=self.rows.group)
+            weights_SK = on_device.cpu()
+        return weights_SK
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """A model without DDP, DeepSpeed and torch.compile around it."""
+    while True:
+        if isinstance(model, DistributedDataParallel) or _is_deepspeed(model):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model  # type: ignore[no-any-return]
+
+
+def _is_deepspeed(model: Any) -> bool:
+    return hasattr(model, "set_gradient_accumulation_boundary")
+
+
+def _rows_class(model: Any, reduce: str) -> type[Rows]:
+    """How the gradients of a wrapped model are averaged."""
+    if _is_deepspeed(model):
+        return Partitioned
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise UserError("the model is wrapped by FSDP 1, which is not supported; set fsdp_version: 2")
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        from mtl_dist.surgery.fsdp2 import Sharded  # which takes as long to import as torch does
+
+        return Sharded
+    many = dist.is_initialized() and dist.get_world_size() > 1
+    return Scattered if reduce == "reduce_scatter" and many else Replicated
+
+
+def _prefixes(shared: Sequence[str], module: nn.Module) -> tuple[str, ...]:
+    """What the names of shared parameters start with."""
+    for path in shared:
+        try:
+            module.get_submodule(path)
+        except AttributeError:
+            parts = ", ".join(name for name, _ in module.named_children())
+            raise UserError(f"shared names '{path}', which the model has not; it has {parts}") from None
+    return tuple(f"{path}." if path else "" for path in shared)
+
+
+def groups_of(names: Sequence[str], config: SurgeryConfig, layers: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The parameters that are combined as one, by their places; those that no group has are added up."""
+    groups = layers if config.scope == "layers" else {"shared": range(len(names))}
+    matched = {
+        group: [place for place in places if re.search(config.match, names[place])] for group, places in groups.items()
+    }
+    found = {group: places for group, places in matched.items() if places}
+    if names and not found:
+        raise UserError(f"match matches no shared parameter that is trained: '{config.match}'")
+    return found
+
+
+def by_layer(names: Sequence[str], prefixes: tuple[str, ...]) -> dict[str, list[int]]:
+    """The places of parameters by the layer that they belong to: `embeddings`, `encoder.layer.0`, ...
+
+    A layer is what stands before a name's first number, and the number; or a part of the shared module.
+    """
+    layers: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        inside = name if len(prefixes) > 1 else name.removeprefix(*prefixes)
+        numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", inside)
+        layers.setdefault(numbered[0] if numbered else inside.split(".")[0], []).append(place)
+    return layers

@@ -1,0 +1,257 @@
+"""From a config to a run that can start: data, orders, model, run folder, and the checkpoint that it goes on from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import count, takewhile
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mtl_dist.checkpoint import Checkpoint, RunLock
+from mtl_dist.config import UserError
+from mtl_dist.data.batches import RowStream, TrainBatches, TrainRows
+from mtl_dist.data.mixer import Order
+from mtl_dist.data.prepare import train_rows_in_dev
+from mtl_dist.data.tokenizer import load_tokenizer
+from mtl_dist.distributed import describe, engine_name, first_then_others, on_one, refuse_differences
+from mtl_dist.experiment import Experiment, Stage
+from mtl_dist.model.multitask import MultiTaskModel
+from mtl_dist.model.weights import build_encoder
+from mtl_dist.optim import build_optimizer
+from mtl_dist.surgery.surgery import Surgery, by_layer, groups_of
+from mtl_dist.training.engine import Engine, start_engine
+from mtl_dist.training.folder import Splits, start_run_folder
+from mtl_dist.training.resume import (
+    OF_A_NODE,
+    about,
+    changes,
+    checkpoint_to_resume,
+    compared,
+    load_weights,
+    moments_of,
+)
+from mtl_dist.watch.screen import counting, make_console, plain_table
+
+SHARED = "encoder"  # what the tasks' gradients are combined in
+
+
+@dataclass
+class Run:
+    """A run: what it is, which stays, and where it stands, which changes."""
+
+    accelerator: Accelerator
+    config: Experiment
+    console: Console
+    tokenizer: Tokenizer
+    splits: Splits
+    stages: list[Stage]
+    orders: list[Order]
+    about: dict[str, Any]  # what its checkpoints say of it
+    resumed: Checkpoint | None  # what it goes on from
+    goes_on_here: bool  # in the folder in which it began
+
+    model: MultiTaskModel
+    done: int = 0  # steps
+    carried: dict[Tensor, dict[str, Any]] = field(default_factory=dict)  # moments that a later stage may go on with
+
+    @property
+    def total_steps(self) -> int:
+        return sum(order.steps for order in self.orders)
+
+    @property
+    def first_stage(self) -> int:
+        """The number of the stage in which it begins or goes on."""
+        return 0 if self.resumed is None else int(self.resumed.state["stage"])
+
+    def goes_on_in(self, stage: Stage) -> bool:
+        """Whether it was saved within this stage, or at its end."""
+        return self.resumed is not None and stage.number == self.first_stage
+
+    def first_step(self, stage: Stage) -> int:
+        """The step of a stage with which it begins or goes on."""
+        return int(self.resumed.state["step"]) if self.resumed is not None and self.goes_on_in(stage) else 0
+
+
+def set_up(
+    accelerator: Accelerator, config: Experiment, lock: RunLock, overwrite: bool, resume: str, allow_changes: bool
+) -> Run:
+    """All that a run needs before its first step, and a few lines about it."""
+    _refuse_what_the_engine_cannot(accelerator, config)
+    console = make_console(accelerator.is_main_process)
+    tokenizer = first_then_others(accelerator, lambda: load_tokenizer(config.encoder.tokenizer_source))
+    splits = first_then_others(accelerator, lambda: load_data(config, tokenizer, console))
+    stages = config.all_stages()
+    rows = {name: len(split) for name, split in splits["train"].items()}
+    orders = [stage.order(rows, config.seed) for stage in stages]
+    model = first_then_others(accelerator, lambda: build_model(config, tokenizer, accelerator.device.type))
+    now = about(accelerator, config, splits["train"])
+    refuse_differences(accelerator, compared(now, OF_A_NODE))
+    folder, auto = config.output_dir, resume == "auto"
+    # First of all the lock: whoever has the folder may still be saving.
+    on_one(accelerator, lambda: lock.take(folder, 120 if auto else 0, console.print))
+    resumed = on_one(accelerator, lambda: checkpoint_to_resume(resume, now, folder, allow_changes, console.print))
+    if resumed is not None and resumed.state["stage"] >= len(stages):
+        raise UserError(
+            f"{resumed.path}: was saved in stage {resumed.state['stage'] + 1}, the config has only {len(stages)}; give "
+            "the stages that were done as well, or begin anew from its best model: encoder.from"
+        )
+    goes_on_here = on_one(accelerator, lambda: start_run_folder(config, splits, overwrite or auto, resumed))
+    run = Run(accelerator, config, console, tokenizer, splits, stages, orders, now, resumed, goes_on_here, model)
+
+    console.print(data_table(splits))
+    for line in train_rows_in_dev(splits["train"], splits["dev"]):
+        console.print(line, highlight=False, markup=False)
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(f"{parameters:,} parameters, {run.total_steps:,} steps, {describe(accelerator)}", highlight=False)
+    if resumed is not None:
+        _go_on(run, resumed, allow_changes)
+    return run
+
+
+def _go_on(run: Run, resumed: Checkpoint, allow_changes: bool) -> None:
+    """Puts a run where it was when it was saved."""
+    run.done = resumed.step
+    first_then_others(run.accelerator, lambda: load_weights(resumed, run.model, allow_changes))
+    named = dict(run.model.named_parameters())
+    moments = moments_of(resumed, "carried")
+    run.carried = {named[name]: state for name, state in moments.items() if name in named}  # tasks may be gone
+    run.console.print(f"going on after step {run.done:,} of {resumed.path}", highlight=False)
+    if (table := changes(resumed, run.about)) is not None:
+        run.console.print(table)
+    if run.done >= run.total_steps:
+        run.console.print("the run is finished: nothing is left to train")
+
+
+def _refuse_what_the_engine_cannot(accelerator: Accelerator, config: Experiment) -> None:
+    """Refuses what DDP and one process can do, and DeepSpeed and FSDP2 cannot."""
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        for stage in config.all_stages():
+            if stage.carry_moments:
+                raise UserError(
+                    f"{stage.label}carry_moments needs DDP or one process: {engine_name(accelerator)} "
+                    "spreads the moments over the ranks; leave it out"
+                )
+
+
+def load_data(config: Experiment, tokenizer: Tokenizer, console: Console) -> Splits:
+    """Opens every task's train and dev rows, after preparing those that the cache does not have."""
+    splits: Splits = {"train": {}, "dev": {}}
+    for name in config.tasks:
+        for split_name in ("train", "dev"):
+            with counting(console, f"preparing {name} {split_name}") as on_rows:
+                split = config.open_split(name, split_name, tokenizer, on_rows)
+            if split is not None:
+                splits[split_name][name] = split
+    return splits
+
+
+def build_model(config: Experiment, tokenizer: Tokenizer, device_type: str) -> MultiTaskModel:
+    """The model, after checking that every stage can train its tasks."""
+    torch.manual_seed(config.seed)
+    model = MultiTaskModel(build_encoder(config.encoder, tokenizer), config.tasks)
+    for stage in config.all_stages():
+        stage_optimizer(model, stage, device_type)
+        reached = {name for task in stage.tasks for name, p in model.reached_by(task) if p.requires_grad}
+        shared = [name for name in reached if name.startswith(f"{SHARED}.")]
+        try:
+            groups_of(shared, stage.gradients, by_layer(shared, (f"{SHARED}.",)))
+        except UserError as error:
+            raise UserError(f"{stage.label}gradients.{error}") from None
+    return model
+
+
+def stage_optimizer(model: MultiTaskModel, stage: Stage, device_type: str) -> Optimizer:
+    """The optimizer of a stage; refuses a task that would change no parameter."""
+    try:
+        optimizer = build_optimizer(model.named_parameters(), stage.optim, device_type, stage.trains)
+    except UserError as error:
+        raise UserError(f"{stage.label}{error}") from None
+    for name in stage.tasks:
+        if not any(parameter.requires_grad for _, parameter in model.reached_by(name)):
+            raise UserError(
+                f"{stage.label}task '{name}' has nothing to train: "
+                "trains and optim.rules freeze the encoder and all of its head"
+            )
+    return optimizer
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What trains in a stage."""
+
+    stage: Stage
+    order: Order
+    batches: TrainBatches  # this rank's
+    optimizer: Optimizer
+    engine: Engine[MultiTaskModel]
+    surgery: Surgery
+
+
+def start_stage(run: Run, stage: Stage) -> Trainer:
+    """What trains in a stage, as it was when the run was saved within it; else the optimizer begins anew, but for
+    moments that the stage says it goes on with.
+    """
+    accelerator, order = run.accelerator, run.orders[stage.number]
+    optimizer = stage_optimizer(run.model, stage, accelerator.device.type)
+    if stage.carry_moments:
+        parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+        optimizer.state.update({p: run.carried[p] for p in parameters if p in run.carried})
+    engine = start_engine(accelerator, run.model, optimizer, stage.gradients.clip_norm, run.model.apart())
+    surgery = Surgery(
+        engine.model,
+        shared=SHARED,
+        accelerator=accelerator,
+        seed=(run.config.seed, stage.number),
+        **stage.gradients.of_surgery(),
+    )
+    if run.resumed is not None and run.first_step(stage) > 0:
+        engine.restore(moments_of(run.resumed, "moments"))
+        engine.restore_scaling(run.resumed.state["scaling"])
+        surgery.state = run.resumed.state["combiner"]
+    return Trainer(stage, order, train_batches(run, stage, order), optimizer, engine, surgery)
+
+
+def train_batches(run: Run, stage: Stage, order: Order) -> TrainBatches:
+    """This rank's batches of a stage."""
+    config, splits = run.config, run.splits["train"]
+    rows = {
+        name: TrainRows(
+            splits[name],
+            RowStream(len(splits[name]), config.seed, stage.number, name, task.subsample),
+            task.batch_size,
+            config.length_window,
+        )
+        for name, task in stage.tasks.items()
+    }
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    return TrainBatches(rows, order, rank, world, stage.gradients.accumulation, stage.gradients.max_tokens)
+
+
+def evaluation_steps(config: Experiment, order: Order) -> Iterator[int]:
+    """After which steps of a stage the dev sets are scored, besides the last: at intervals, or after each epoch."""
+    if (every := config.evaluate.every_steps) is not None:
+        yield from range(every, order.steps, every)
+        return
+    before = 0
+    for end in takewhile(lambda end: end < order.steps, (order.steps_of(Fraction(epoch)) for epoch in count(1))):
+        if end > before:  # epochs of few rows may be shorter than a step
+            yield end
+        before = end
+
+
+def data_table(splits: Splits) -> Table:
+    """What the prepared data holds, and what was left out of it."""
+    table = plain_table("task", "split", "rows", "tokens", "skipped rows", "cut inputs", texts=("task", "split"))
+    for split_name, by_task in splits.items():
+        for name, split in by_task.items():
+            numbers = (len(split), split.num_tokens, split.num_rejected, split.num_truncated)
+            table.add_row(name, split_name, *(f"{number:,}" for number in numbers))
+    return table

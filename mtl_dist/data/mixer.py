@@ -92,7 +92,7 @@ class Mixer(Config):
     def order(self, sizes: Sizes, seed: Seed, epochs: float, steps: int | None = None) -> Order:
         """The draws of a stage that lasts for some epochs, or for some steps."""
 
-    def over(
+    def order_over(
         self, loaders: Mapping[str, Sized | int], *, seed: int = 0, epochs: float = 1.0, steps: int | None = None
     ) -> Order:
         """The draws from anybody's loaders, each a draw of one batch; of a loader without a length, give that."""

@@ -40,6 +40,7 @@ class Replicated(Rows):
             _refuse(self.ddp)
             # Before a forward pass nobody knows which loss will follow. Loops switch this, too: their no_sync restores.
             self.hooks.append(self.ddp.register_forward_pre_hook(self._decide))
+        self.sums = self.ddp is None or self.ddp.find_unused_parameters
         self.averages = False  # whether DDP does
         self.begins = True  # whether the next forward pass is the step's first
         self._lay_out(parameter.numel() for parameter in shared)

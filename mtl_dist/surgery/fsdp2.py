@@ -31,17 +31,7 @@ class Sharded(Rows):
     def start(self) -> None:
         """Begins a step."""
         super().start()
-        # Gradients of shards come without the hooks that would tell of a plain backward pass.
-        if any(parameter.grad is not None and local(parameter.grad).any() for parameter in (*self.shared, *self.rest)):
-            raise UserError(
-                "there are gradients already, of a backward pass outside of surgery or of a step that was not cleared; "
-                "give every loss to surgery.backward, and clear the gradients after each step"
-            )
-        self._clear((*self.shared, *self.rest))
-
-    @staticmethod
-    def _clear(parameters: Parameters) -> None:
-        for parameter in parameters:
+        for parameter in (*self.shared, *self.rest):
             parameter.grad = None
 
     @contextmanager
@@ -58,11 +48,6 @@ class Sharded(Rows):
         for part in self.parts:
             part.set_requires_gradient_sync(averages, recurse=False)
 
-    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
-        """Adds to the gradients."""
-        super().backward(loss, retain_graph)
-        self.reached |= {parameter for parameter in (*self.shared, *self.rest) if parameter.grad is not None}
-
     @contextmanager
     def of_task(self, task: str, last: bool) -> Iterator[None]:
         """Around the backward passes of a visit of a task."""
@@ -71,7 +56,7 @@ class Sharded(Rows):
         for parameter, columns in zip(self.shared, self.slices, strict=True):
             if parameter.grad is not None:
                 self.rows[k][columns].add_(local(parameter.grad).reshape(-1))
-        self._clear(self.shared)
+                parameter.grad = None
         self._take_own(k)
 
     def deposit(self, weights_SK: Tensor, reached: Set[nn.Parameter]) -> None:

@@ -39,6 +39,7 @@ class Rows(ABC):
     averaged_by_engine = True  # with the last micro-batch of each visit; else by the rows themselves
     retains = True  # several losses may come from one forward pass
     steps = False  # the engine steps, in the place of the optimizer
+    sums = True  # the engine can average the sum of a step that goes through some parameters only
     slices: list[slice]  # the columns of each shared parameter, as far as this rank holds them
     width: int  # of a row
 

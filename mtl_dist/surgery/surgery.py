@@ -133,8 +133,12 @@ class Surgery:
         if not self.in_step:
             self._begin(self.number)
         parts = 1 if self.accelerator is None or self.rows.steps else self.accelerator.gradient_accumulation_steps
-        left = len(losses) if isinstance(losses, Mapping) else 1
-        for task, loss in losses.items() if isinstance(losses, Mapping) else losses:
+        left = 0
+        if isinstance(losses, Mapping):
+            left, tasks, losses = len(losses), list(losses), losses.items()
+            if last or self.rows.scattered:  # else nothing is averaged yet
+                self._refuse_other_tasks([*self.reached, *tasks])
+        for task, loss in losses:
             left -= 1
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 raise UserError(f"task '{task}': its loss must be one number that depends on trained parameters")
@@ -181,7 +185,8 @@ class Surgery:
         the sum, with the last micro-batch of the last task.
         """
         self._begin(number)
-        self.by_engine = not self.apart
+        self._refuse_other_tasks(tasks)
+        self.by_engine = self.rows.sums and not self.apart
         self.last_task = tasks[-1]
         yield
         self._combine()
@@ -231,6 +236,7 @@ class Surgery:
         self.reached: dict[str, set[nn.Parameter]] = {}
         self.lost: dict[str, Tensor] = {}  # whether some loss of a task was no number
         self.losses: dict[str, list[Tensor]] = {}
+        self.checked = False  # that all ranks came with the same tasks
         self.rows.start()
 
     def _add(self, task: str, loss: Tensor, retain_graph: bool = False) -> None:
@@ -268,20 +274,12 @@ class Surgery:
                 self.rows.drop(task)
                 grams_SKK[:, k] = grams_SKK[:, :, k] = 0
 
-    def _agreed(self, tasks: list[str]) -> tuple[dict[str, Set[nn.Parameter]], Set[str]]:
-        """What each task reached on any rank, and the tasks some of whose losses were no numbers on any rank.
-
-        Refuses ranks that came with other tasks.
-        """
+    def _refuse_other_tasks(self, tasks: Sequence[str]) -> None:
+        """Refuses ranks that come with other tasks: what they average would not be the same."""
+        self.checked = True
         if self.rows.world == 1:
-            return {task: self.reached.get(task, set()) for task in tasks}, {t for t in self.lost if self.lost[t]}
+            return
         name = zlib.crc32("\n".join(tasks).encode())
-        seen_KS = torch.zeros(len(tasks), len(self.places), dtype=torch.int64)
-        for k, task in enumerate(tasks):
-            seen_KS[k, [self.places[parameter] for parameter in self.reached.get(task, ())]] = 1
-        none = torch.zeros((), dtype=torch.bool, device=self.rows.device)
-        lost_K = torch.stack([self.lost.get(task, none) for task in tasks]).long() if tasks else none[None].long()
-        # Ranks with other tasks may have more or fewer of them: their names go ahead.
         names = torch.tensor([name, -name], device=self.rows.device)
         dist.all_reduce(names, op=dist.ReduceOp.MAX, group=self.rows.group)
         if names[0] != -names[1]:
@@ -289,6 +287,18 @@ class Surgery:
                 f"step {self.number}: the ranks came with different tasks, this one with {', '.join(tasks)}; draw the "
                 "tasks alike on all ranks, in the same order"
             )
+
+    def _agreed(self, tasks: list[str]) -> tuple[dict[str, Set[nn.Parameter]], Set[str]]:
+        """What each task reached on any rank, and the tasks some of whose losses were no numbers on any rank."""
+        if not self.checked:
+            self._refuse_other_tasks(tasks)
+        if self.rows.world == 1:
+            return {task: self.reached.get(task, set()) for task in tasks}, {t for t in self.lost if self.lost[t]}
+        seen_KS = torch.zeros(len(tasks), len(self.places), dtype=torch.int64)
+        for k, task in enumerate(tasks):
+            seen_KS[k, [self.places[parameter] for parameter in self.reached.get(task, ())]] = 1
+        none = torch.zeros((), dtype=torch.bool, device=self.rows.device)
+        lost_K = torch.stack([self.lost.get(task, none) for task in tasks]).long() if tasks else none[None].long()
         both = torch.cat([lost_K, seen_KS.reshape(-1).to(self.rows.device)])
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.rows.group)
         found = both.cpu()

@@ -177,3 +177,21 @@ def test_a_task_needs_a_row(read: Read, tokenizer: Tokenizer, labels: list[int],
     assert complaint(lambda: read().open_split("mine", "train", tokenizer)) == (
         f"x.tsv: no usable row for task 'mine', train{hint}"
     )
+
+
+# What a stage says of gradients holds together with what the experiment says
+
+
+def test_a_stage_may_drop_tasks_that_the_experiment_keeps_apart(read: Read) -> None:
+    config = read("gradients.combiner={kind: pcgrad}", "stages=[{gradients: {nonfinite: drop_task}}]")
+    (stage,) = config.all_stages()
+    assert (stage.gradients.nonfinite, stage.gradients.combiner.kind) == ("drop_task", "pcgrad")
+
+
+def test_a_stage_may_not_add_up_what_the_experiment_drops(read: Read) -> None:
+    stages = "stages=[{name: warm, gradients: {combiner: {kind: sum}}}]"
+    problem = complaint(lambda: read("gradients={combiner: {kind: pcgrad}, nonfinite: drop_task}", stages))
+    assert problem == (
+        f"override '{stages}': stage 'warm': gradients.nonfinite is drop_task, which needs the tasks' gradients apart "
+        "in every step: set measure"
+    )

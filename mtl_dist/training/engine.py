@@ -60,19 +60,17 @@ class Engine(ABC, Generic[M]):
     def step(self) -> Stepped:
         """Clips, steps, and clears the gradients; without a step where they are not finite."""
         before = self.loss_scale
+        if all(parameter.grad is None for parameter in self.module.parameters()):  # every task was dropped
+            return Stepped(math.nan, True, before)
         largest = math.inf if self.clip_norm is None else self.clip_norm
         norm = float(_whole(self.accelerator.clip_grad_norm_(self.module.parameters(), largest)))
-        # The same on all ranks, because the gradients are.
+        # The same on all ranks, because the gradients are. With a scaler the optimizer finds out by itself.
         finite = math.isfinite(norm)
-        if self.accelerator.scaler is None:
-            steps = finite
-        else:  # the optimizer finds out by itself, if there is any gradient left to look at
-            steps = any(parameter.grad is not None for parameter in self.module.parameters())
-        if steps:
+        if finite or self.accelerator.scaler is not None:
             self.optimizer.step()
         self.optimizer.zero_grad()
         # A fused optimizer skips an overflow by itself; only the scale tells.
-        return Stepped(norm, not (finite and steps) or self.loss_scale < before, self.loss_scale)
+        return Stepped(norm, not finite or self.loss_scale < before, self.loss_scale)
 
     def moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """What the optimizer knows of each parameter that it moved, whole; every rank must ask for all of them."""
@@ -86,9 +84,8 @@ class Engine(ABC, Generic[M]):
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if (state := moments.get(names[parameter])) is not None:
-                    steps_on = parameter.device if group.get("fused", False) else "cpu"
                     self.optimizer.state[parameter] = {
-                        key: value.to(steps_on) if key == "step" else _like(parameter, value)
+                        key: _count(group, parameter, value) if key == "step" else _like(parameter, value)
                         for key, value in state.items()
                     }
 
@@ -204,13 +201,14 @@ class Zero(Split[M]):
                 yield name, {key: value if key == "step" else place.gather(value) for key, value in state.items()}
 
     def restore(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        states = self.model.optimizer.optimizer.state
+        optimizer = self.model.optimizer.optimizer
+        group_of = {flat: group for group in optimizer.param_groups for flat in group["params"]}
         for name, parameter in self.module.named_parameters():
             if name in moments and (place := self.places.get(parameter)):
-                kept = states.setdefault(place.flat, {})
+                kept = optimizer.state.setdefault(place.flat, {})
                 for key, value in moments[name].items():
                     if key == "step":
-                        kept[key] = value.clone()
+                        kept[key] = _count(group_of[place.flat], place.flat, value)
                     else:
                         place.scatter(value.to(place.flat.device), kept.setdefault(key, torch.zeros_like(place.flat)))
 
@@ -230,6 +228,11 @@ class Zero(Split[M]):
 def _whole(tensor: Tensor) -> Tensor:
     """All of a tensor that FSDP2 may have spread over the ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _count(group: Mapping[str, Any], parameter: Tensor, step: Tensor) -> Tensor:
+    """A step count where the optimizer reads it: a fused one beside the weights, others without waiting for a GPU."""
+    return step.to(parameter.device if group.get("fused", False) else "cpu", copy=True)
 
 
 def _like(parameter: nn.Parameter, whole: Tensor) -> Tensor:

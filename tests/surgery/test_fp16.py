@@ -5,7 +5,9 @@ python -m pytest tests/surgery/test_fp16.py
 Accelerate scales losses on GPUs only; here it is given a scaler for the CPU, and all else is as it is.
 """
 
+import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +17,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from mtl_dist.config import UserError
+from mtl_dist.model.multitask import MultiTaskModel
+from mtl_dist.model.objectives import Bce
 from mtl_dist.surgery.rows import Rows
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD, last_records
@@ -26,8 +31,8 @@ pytestmark = pytest.mark.slow
 SCALE = 2.0**10
 
 
-def run_in_fp16(config: Path, overflows: list[int], *overrides: str) -> dict[str, Any]:
-    """Trains; on rank 1, these of all backward passes overflow. Tells as well the loss scale at each of them."""
+def run_in_fp16(config: Path, overflows: Collection[int], *overrides: str) -> dict[str, Any]:
+    """Trains; on the last rank, these of all backward passes overflow. Tells as well the loss scale at each of them."""
     scales: list[float] = []
     plain_backward = Rows.backward
 
@@ -39,8 +44,12 @@ def run_in_fp16(config: Path, overflows: list[int], *overrides: str) -> dict[str
 
     def backward(rows: Rows, loss: Tensor, retain_graph: bool = False) -> None:
         scales.append(rows.loss_scale)
-        unlucky = len(scales) in overflows and os.environ.get("RANK") == "1"
-        plain_backward(rows, loss * float("inf") if unlucky else loss)
+        unlucky = len(scales) in overflows and os.environ.get("RANK", "0") == str(
+            int(os.environ.get("WORLD_SIZE", "1")) - 1
+        )
+        if unlucky:  # where it is scaled: the loss itself is finite
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        plain_backward(rows, loss)
 
     with (
         patch("mtl_dist.distributed.Accelerator", scaling),
@@ -80,3 +89,51 @@ def test_an_overflow_of_one_task_on_one_rank_skips_the_step_on_all(tiny: Path, g
         assert far_apart(rank["parameters"], ranks[0]["parameters"]) == 0
     # What was infinite does not spoil the means.
     assert all(loss < 10 for record in last_records(tiny) for loss in record["loss"].values())
+
+
+DROP = [PCGRAD, "gradients.nonfinite=drop_task"]
+
+
+@pytest.mark.parametrize("unlucky", [[8], [7, 8, 9]], ids=["one task", "all tasks"])
+def test_an_overflow_is_no_reason_to_drop_a_task(tiny: Path, unlucky: list[int]) -> None:
+    for rank in on_ranks(2, run_in_fp16, tiny, unlucky, *LAST, *FP16, *DROP, "steps=4"):
+        assert rank["scales"] == [SCALE] * 9 + [SCALE / 2] * 3
+    assert [record["skipped_steps"] for record in last_records(tiny)] == [0, 0, 1, 1]
+    assert not faults(tiny)
+
+
+def test_a_loss_that_is_no_number_drops_its_task_in_fp16(tiny: Path) -> None:
+    loss_of = Bce.per_example
+
+    def lost(loss: Bce, *arguments: Any) -> Tensor:
+        return loss_of(loss, *arguments) * float("nan")
+
+    with patch.object(Bce, "per_example", lost):
+        found = run_in_fp16(tiny, [], *LAST, *FP16, *DROP, "steps=4")
+    assert set(found["scales"]) == {SCALE}
+    assert all(parameter.isfinite().all() for parameter in found["parameters"].values())
+    assert [record["dropped"] for record in faults(tiny)] == [["same"]] * 4
+
+
+def test_nothing_is_left_when_every_loss_is_no_number(tiny: Path) -> None:
+    per_example = MultiTaskModel.forward
+
+    def lost(model: MultiTaskModel, *arguments: Any) -> Tensor:
+        return per_example(model, *arguments) * float("nan")
+
+    with patch.object(MultiTaskModel, "forward", lost):
+        found = run_in_fp16(tiny, [], *LAST, *FP16, *DROP, "steps=3")
+    assert set(found["scales"]) == {SCALE}
+    assert [record["skipped_steps"] for record in last_records(tiny)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("policy", ["skip_step", "drop_task"])
+def test_gradients_that_overflow_at_any_scale_end_the_run(tiny: Path, policy: str) -> None:
+    overrides = [*LAST, *FP16, PCGRAD, f"gradients.nonfinite={policy}", "gradients.most_nonfinite=3", "steps=60"]
+    with pytest.raises(UserError, match=r"step 12: the gradient is infinite or NaN, 3 steps in a row; lower optim.lr"):
+        run_in_fp16(tiny, range(1000), *overrides)
+
+
+def faults(config: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (config.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == "fault"]

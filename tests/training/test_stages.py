@@ -5,6 +5,7 @@ python -m pytest tests/training/test_stages.py
 
 import json
 import time
+import weakref
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +19,7 @@ from mtl_dist.config import UserError, load
 from mtl_dist.data.batches import TrainBatches, make_batch
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
+from mtl_dist.surgery.surgery import Surgery
 from mtl_dist.training.setup import load_data
 from tests.distributed import on_ranks
 from tests.trained import NO_DROPOUT, far_apart, run, written_out
@@ -286,3 +288,19 @@ def test_every_stage_has_its_own_learning_rate(tiny: Path) -> None:
     rates = [next(iter(lr.values())) for lr in stage_lr(tiny)]
     # Three steps up to 2e-3, four down to 0; then the experiment's own.
     assert rates == pytest.approx([1e-2] * 3 + [2e-3 / 3, 4e-3 / 3, 2e-3, 2e-3, 1.5e-3, 1e-3, 0.5e-3] + [1e-3] * 2)
+
+
+def test_the_rows_of_a_stage_are_gone_when_the_next_one_begins(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    reserve = Surgery.__init__
+
+    def noted(surgery: Surgery, *arguments: Any, **settings: Any) -> None:
+        alive.append(sum(rows() is not None for rows in made))
+        reserve(surgery, *arguments, **settings)
+        made.append(weakref.ref(surgery.rows))
+
+    monkeypatch.setattr(Surgery, "__init__", noted)
+    stages = "stages=[{steps: 1}, {steps: 1, tasks: [mood, near]}, {steps: 1}]"
+    run(tiny, "steps=null", "gradients.combiner={kind: pcgrad}", stages)
+    assert alive == [0, 0, 0]

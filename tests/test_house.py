@@ -99,3 +99,19 @@ def test_public_names_load_and_the_package_itself_is_light() -> None:
     for name in mtl_dist.__all__:
         assert getattr(mtl_dist, name).__name__ == name
     assert loaded_by("import mtl_dist, mtl_dist.cli", "torch", "numpy", "accelerate") == []
+
+
+def test_surgery_imports_torch_numpy_and_pydantic_at_most() -> None:
+    heavy = ("accelerate", "datasets", "deepspeed", "pyarrow", "rich", "tokenizers", "transformers", "scipy")
+    assert loaded_by("import mtl_dist.surgery", *heavy, "torch.distributed.fsdp") == []
+
+
+def test_surgery_adds_less_to_an_import_than_torch_takes() -> None:
+    now = "time.perf_counter()"
+    code = f"import time; a = {now}; import torch; b = {now}; import mtl_dist.surgery; print(b - a, {now} - b)"
+    shares = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        torch, ours = map(float, done.stdout.split())
+        shares.append(ours / torch)
+    assert min(shares) < 1

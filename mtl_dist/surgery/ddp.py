@@ -59,6 +59,12 @@ class Replicated(Rows):
             self.ddp.require_forward_param_sync = True
             self.begins = False
 
+    def close(self) -> None:
+        """Lets go of the model, which averages by itself again."""
+        super().close()
+        if self.ddp is not None:
+            self.ddp.require_backward_grad_sync = True
+
     def start(self) -> None:
         """Begins a step."""
         super().start()

@@ -176,7 +176,6 @@ class Rows(ABC):
     @torch.no_grad()
     def grams(self) -> Tensor:
         """The inner products of the tasks' gradients, for each shared parameter: (S, K, K) in fp64 on the CPU."""
-        self.finish()
         rows = self.rows[: len(self.tasks)]
         grams_SKK = torch.zeros(len(self.slices), len(rows), len(rows), dtype=torch.float64, device=self.device)
         for gram_KK, columns in zip(grams_SKK, self.slices, strict=True):

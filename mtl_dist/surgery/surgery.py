@@ -252,16 +252,19 @@ class Surgery:
                 rows.settle(set().union(*self._agreed([ALL])[0].values()))
         else:
             reached, lost = self._agreed(rows.tasks)
-            grams_SKK = rows.grams()
-            grams_SKK /= rows.loss_scale**2
-            if self.drop_nonfinite and self.apart:
-                self._drop(grams_SKK, lost)
+            rows.finish()
+            weights_SK = torch.ones(len(self.names), len(rows.tasks), dtype=torch.float64)
+            if self.apart:
+                grams_SKK = rows.grams()
+                grams_SKK /= rows.loss_scale**2
+                if self.drop_nonfinite:
+                    self._drop(grams_SKK, lost)
+                if self.config.operates_in(self.number):
+                    weights_SK = self._weights(grams_SKK, rows.tasks)
+                self.conflict = conflict(rows.tasks, grams_SKK, weights_SK, self.layers)
             kept = set().union(*(reached[task] for task in rows.kept))
             rows.settle(kept)
-            weights_SK = self._weights(grams_SKK, rows.tasks)
             rows.deposit(weights_SK, kept)
-            if self.apart:
-                self.conflict = conflict(rows.tasks, grams_SKK, weights_SK, self.layers)
         self.number += 1
 
     def _drop(self, grams_SKK: Tensor, lost: Set[str]) -> None:
@@ -312,10 +315,8 @@ class Surgery:
 
     def _weights(self, grams_SKK: Tensor, tasks: list[str]) -> Tensor:
         """How often each task's gradient of each shared parameter goes into the combined one: the same on all ranks."""
-        weights_SK = grams_SKK.new_ones(grams_SKK.shape[:2])
-        if not (self.apart and self.config.operates_in(self.number)):
-            return weights_SK
         assert isinstance(self.config.combiner, GramCombiner)
+        weights_SK = grams_SKK.new_ones(grams_SKK.shape[:2])
         if self.rows.rank == 0:
             seed = np.random.SeedSequence((*self.seed, self.number)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(seed[0]) % 2**63)

@@ -388,6 +388,21 @@ def averagings_of_ddp() -> list[tuple[int, list[Tensor | None]]]:
     return found
 
 
+def after_surgery() -> dict[str, Tensor]:
+    loop = Loop("ddp", find_unused=True)
+    loop.train(steps=range(1))
+    loop.surgery.close()
+    for step in range(1, 3):
+        sum(loop.losses(step, TASKS, 0).values(), torch.zeros(())).backward()
+        loop.step()
+    return loop.parameters()
+
+
+def test_a_model_that_was_let_go_averages_by_itself() -> None:
+    first, second = on_ranks(2, after_surgery)
+    assert far_apart(first, second) == 0
+
+
 def test_ddp_averages_once_in_a_plain_step_and_never_in_one_with_surgery() -> None:
     for plain, without_search, operated in on_ranks(2, averagings_of_ddp):
         # DDP that does not look for unused parameters would wait for those of other tasks.

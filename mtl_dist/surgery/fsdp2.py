@@ -19,9 +19,14 @@ class Sharded(Rows):
     """Every rank holds its shards of every row."""
 
     def __init__(self, model: Any, shared: Parameters, rest: Parameters, dtype: torch.dtype, scaler: Any) -> None:
-        self.mesh = _one_mesh((*shared, *rest))
-        super().__init__(model, shared, rest, dtype, scaler)
         self.parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+        self.mesh = _one_mesh((*shared, *rest))
+        if self.mesh is None or not self.parts:
+            raise UserError(
+                "surgery needs every trained parameter sharded over one mesh dimension, and one here is not: "
+                "HSDP and tensor parallelism are not supported, and fully_shard must wrap the whole model"
+            )
+        super().__init__(model, shared, rest, dtype, scaler)
         self._lay_out(local(parameter).numel() for parameter in shared)
         self.device = local((*shared, *rest)[0]).device
 
@@ -74,17 +79,14 @@ class Sharded(Rows):
 
 
 def _one_mesh(parameters: Parameters) -> Any:
-    """The mesh that all parameters are sharded over; refuses other ways of spreading them."""
+    """The mesh of one dimension that all parameters are sharded over, if there is one."""
     for parameter in parameters:
         if not (
             isinstance(parameter, DTensor)
             and parameter.device_mesh.ndim == 1
             and isinstance(parameter.placements[0], Shard)
         ):
-            raise UserError(
-                "surgery needs every trained parameter sharded over one mesh dimension, and one here is not: "
-                "HSDP and tensor parallelism are not supported, and fully_shard must wrap the whole model"
-            )
+            return None
         if local(parameter).device.type != parameter.device_mesh.device_type:
             raise UserError("FSDP2's CPU offload is not supported; leave offload_policy out")
         mesh = parameter.device_mesh

@@ -77,8 +77,11 @@ class Surgery:
         `scaler` scales fp16 losses where there is no accelerator to know it. `drop_nonfinite` leaves a task out of a
         step in which its gradient is infinite or NaN. `settings` are the fields of SurgeryConfig.
         """
-        kind = {"kind": combiner} if isinstance(combiner, str) else combiner
-        self.config = made(SurgeryConfig, "Surgery", combiner=kind, **settings)
+        if isinstance(combiner, str):
+            settings["combiner"] = {"kind": combiner}
+        self.config = made(SurgeryConfig, "Surgery", **settings)
+        if not isinstance(combiner, str):  # which may be of a class of one's own
+            self.config = self.config.model_copy(update={"combiner": combiner})
         self.drop_nonfinite = drop_nonfinite
         self.accelerator = accelerator
         self.seed = (seed,) if isinstance(seed, int) else seed

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mtl_dist import Surgery, UserError, split_groups
 from mtl_dist.surgery import FAMO, GradVac, PCGrad
+from mtl_dist.surgery.combiners import GramCombiner, State
 from mtl_dist.surgery.surgery import by_layer
 from tests.distributed import on_ranks
 from tests.trained import far_apart
@@ -147,6 +148,7 @@ class Loop:
         model: type[Model] = Model,
         split: bool = True,
         find_unused: bool = False,
+        zero: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -168,10 +170,10 @@ class Loop:
             if split:
                 parts_of_model = ["body.deep", "body.spare", "between", *(f"heads.{task}" for task in TASKS)]
                 split_groups(self.optimizer, self.module, *parts_of_model)
-            self._start_deepspeed(int(engine[-1]))
+            self._start_deepspeed({"stage": int(engine[-1]), **(zero or {})})
         self.surgery = Surgery(self.model, combiner, shared="body", **settings)
 
-    def _start_deepspeed(self, stage: int) -> None:
+    def _start_deepspeed(self, zero: Mapping[str, Any]) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
         import deepspeed.ops
@@ -183,7 +185,7 @@ class Loop:
             "gradient_clipping": 1.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": zero,
         }
         self.model, *_ = deepspeed.initialize(model=self.module, optimizer=self.optimizer, config=config)
 
@@ -643,6 +645,7 @@ def test_refused_on_ranks() -> None:
 def refused_by_shards() -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     loop = Loop("fsdp2")
     found = []
@@ -654,11 +657,16 @@ def refused_by_shards() -> list[str]:
     half = Model()
     fully_shard(half.body)
     found.append(refusal(lambda: Surgery(half, shared="body")))
+    parallel = nn.Sequential(nn.Linear(2, 2, bias=False))  # as tensor parallelism leaves it
+    line = init_device_mesh("cpu", (2,))
+    parallel[0].weight = nn.Parameter(distribute_tensor(torch.ones(2, 2), line, [Shard(0)]))
+    found.append(refusal(lambda: Surgery(parallel, shared="0")))
     return found
 
 
 def test_refused_under_fsdp2() -> None:
-    for outside, hybrid, half in on_ranks(2, refused_by_shards):
+    for outside, hybrid, half, parallel in on_ranks(2, refused_by_shards):
+        assert "HSDP and tensor parallelism are not supported" in parallel
         assert outside.startswith("a backward pass outside of surgery")
         assert "HSDP and tensor parallelism are not supported" in hybrid
         assert "fully_shard must wrap the whole model" in half
@@ -669,6 +677,8 @@ def refused_by_zero(stage: int) -> list[str]:
     loop = Loop(f"zero{stage}")
     if stage == 3:
         found.append(refusal(lambda: loop.surgery.backward(loop.losses(0, TASKS, 0))))
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    found.append(refusal(lambda: Loop(f"zero{stage}", zero=offload)))
     loop = Loop(f"zero{stage}", split=False)
     found.append(refusal(lambda: loop.surgery.backward(loop.losses_one_by_one(0, ["nli"], 0))))
     return found
@@ -677,6 +687,7 @@ def refused_by_zero(stage: int) -> list[str]:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_refused_under_zero(stage: int) -> None:
     for found in on_ranks(2, refused_by_zero, stage):
+        assert found[-2] == "DeepSpeed's zero_optimization.offload_optimizer is not supported; leave it out"
         assert found[-1].startswith("ZeRO moves all parameters of an optimizer's group as one, and this step reached ")
         assert "split_groups(optimizer, model, 'HEAD', ...)" in found[-1]
         if stage == 3:
@@ -689,3 +700,21 @@ def test_weights_of_anybodys_gram_matrix() -> None:
     gradients = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
     weights = PCGrad().weights(gradients @ gradients.T)
     torch.testing.assert_close(weights.float() @ gradients, torch.tensor([0.5, 1.5]))
+
+
+class Halved(GramCombiner):
+    """A method of one's own, which is on no list."""
+
+    kind: str = "halved"
+
+    def combine(self, gram_TT: Tensor, tasks: list[str], state: State, generator: torch.Generator) -> Tensor:
+        return gram_TT.new_full((len(tasks),), 0.5)
+
+
+def test_a_combiner_of_ones_own() -> None:
+    gradients = []
+    for combiner in ("sum", Halved()):
+        loop = Loop("one process", combiner=combiner)
+        loop.surgery.backward(loop.losses(0, TASKS, 0))
+        gradients.append(loop.module.body.layer[0].weight.grad)
+    torch.testing.assert_close(gradients[0], 2 * gradients[1])

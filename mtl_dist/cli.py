@@ -231,6 +231,7 @@ def _validate(arguments: argparse.Namespace) -> None:
 
     counts: dict[str, dict[str, int]] = {}
     problems: list[str] = []
+    remarks: list[str] = []  # shown where nothing is wrong, or they would hide what is
     with _noting(problems):
         load_tokenizer(config.encoder.tokenizer_source)
     for name, task in config.tasks.items():
@@ -240,10 +241,10 @@ def _validate(arguments: argparse.Namespace) -> None:
         for split in ("train", "dev", "test"):
             source = config.source(name, split)
             if split == "test" and isinstance(source, File) and not os.path.exists(source.path):  # noqa: PTH110
-                print(f"{name} test: {source.path} is not there; training does without it", file=sys.stderr)
+                remarks.append(f"{name} test: {source.path} is not there; training does without it")
             elif source is not None:
                 digests: list[int] = []
-                with _noting(problems):
+                with _noting(problems), config.naming(name, split):
                     # Test files often have no labels.
                     counts[f"{name} {split}"] = count_rows(
                         f"task '{name}', {split}", task.reading(split != "test"), source, digests.append
@@ -251,7 +252,7 @@ def _validate(arguments: argparse.Namespace) -> None:
                 if split == "train":
                     of_train = set(digests)
                 elif shared := sum(digest in of_train for digest in digests):
-                    print(also_in_train(f"{name} {split}", shared, len(digests)), file=sys.stderr)
+                    remarks.append(also_in_train(f"{name} {split}", shared, len(digests)))
     if not problems:
         rows = {name: counts[f"{name} train"]["usable"] for name in config.tasks}
         for stage in config.all_stages():
@@ -259,6 +260,8 @@ def _validate(arguments: argparse.Namespace) -> None:
                 stage.order(rows, config.seed)
     if problems:
         raise UserError("\n".join(problems))
+    for remark in remarks:
+        print(remark, file=sys.stderr)
     if arguments.json:
         _write(json.dumps({"config": str(arguments.config), "rows": counts}, indent=2))
     else:

@@ -39,7 +39,10 @@ def test_mistakes_are_one_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -
         "override 'tasks.mood.hed=1': tasks.mood has no field 'hed'; did you mean 'head'?"
     )
     assert refused(capsys, "train", tiny, "encoder.tokenizer=no/such-model").startswith("no/such-model: no such folder")
-    assert refused(capsys, "validate", tiny, "tasks.mood.train=none.tsv").startswith("cannot read ")
+    assert refused(capsys, "validate", tiny, "tasks.mood.train=none.tsv") == (
+        "override 'tasks.mood.train=none.tsv': tasks.mood.train: "
+        f"cannot read {folder}/none.tsv: No such file or directory\n"
+    )
     assert refused(capsys, "eval", folder).startswith(f"{folder}/config.yaml: No such file")
     assert refused(capsys, "train", tiny, "precision=fp16", "distributed.device=cpu").startswith("precision fp16 needs")
     with pytest.raises(SystemExit) as ended:
@@ -90,7 +93,7 @@ def test_validate_reports_every_problem_at_once(tiny: Path, capsys: pytest.Captu
     lines = refused(capsys, "validate", tiny, *wrong).splitlines()
     assert [line.partition(" ")[0] for line in lines] == [
         "/nope:",
-        "cannot",
+        "override",
         "tasks.same.max_length",
         f"{tiny.parent}/near-dev.tsv:2:",
     ]
@@ -98,6 +101,58 @@ def test_validate_reports_every_problem_at_once(tiny: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert main(["validate", str(tiny), "tasks.near.dev=null", "tasks.mood.test=later.tsv"]) == 0
     assert "mood test: " in capsys.readouterr().err
+
+
+def test_what_validate_remarks_does_not_hide_what_is_wrong(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dev = tiny.parent / "mood-dev.tsv"
+    dev.write_text((tiny.parent / "mood-train.tsv").read_text())
+    assert main(["validate", str(tiny)]) == 0
+    assert "mood dev: 40 of 40 rows are also in train" in capsys.readouterr().err
+    (tiny.parent / "near-train.tsv").unlink()
+    assert len(refused(capsys, "validate", tiny, "tasks.mood.test=later.tsv").splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["validate", "prepare", "train", "plan"])
+def test_a_data_file_that_is_missing_or_empty_is_named_with_its_line(
+    tiny: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    line = 1 + tiny.read_text().splitlines().index("    dev: same-dev.tsv")
+    path = tiny.parent / "same-dev.tsv"
+    path.unlink()
+    assert refused(capsys, command, tiny) == (
+        f"{tiny}:{line}: tasks.same.dev: cannot read {path}: No such file or directory\n"
+    )
+    path.touch()
+    assert refused(capsys, command, tiny) == f"{tiny}:{line}: tasks.same.dev: {path} is empty\n"
+    path.write_text("id\tsentence\tlabel\n")
+    assert refused(capsys, command, tiny).startswith(
+        f"{tiny}:{line}: tasks.same.dev: {path} has no column 'sentence1'; did you mean 'sentence'?"
+    )
+
+
+def test_words_for_yes_and_no_are_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.parent / "same-train.tsv"
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    words = ["label", *("yes" if label == "1" else "no" for *_, label in rows[1:])]
+    path.write_text("".join("\t".join([*row[:-1], word]) + "\n" for row, word in zip(rows, words, strict=True)))
+    lines = refused(capsys, "validate", tiny).splitlines()
+    assert lines[0].startswith(
+        f"{path}:2: label is '{words[1]}', not a number; for words say label: {{kind: binary, names: "
+    )
+    assert lines[-1] == "... and 65 more such rows; not one row can be used"
+    override = "tasks.same.label={kind: binary, names: [no, yes]}"
+    assert "same-dev.tsv:2: label is '" in refused(capsys, "validate", tiny, override)
+    assert main(["validate", str(tiny), override, "tasks.same.dev=null"]) == 0
+
+
+def test_train_rows_under_another_name_are_no_dev_set(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny.parent / "link.tsv").symlink_to("mood-train.tsv")
+    for name in ("mood-train.tsv", "./mood-train.tsv", "link.tsv"):
+        override = f"tasks.mood.dev={name}"
+        assert refused(capsys, "validate", tiny, override).startswith(
+            f"override '{override}': tasks.mood.dev is what the task trains on, "
+        )
+    assert main(["validate", str(tiny), "tasks.mood.dev=null"]) == 0
 
 
 def test_from_training_to_predictions(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

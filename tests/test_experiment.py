@@ -142,7 +142,7 @@ def test_a_name_that_modules_need_themselves(read: Read, name: str) -> None:
 
 
 def test_the_best_model_needs_a_score(read: Read) -> None:
-    assert read("evaluate.best_by=mine", "tasks.mine.dev=x.tsv").evaluate.best_by == "mine"
+    assert read("evaluate.best_by=mine", "tasks.mine.dev=y.tsv").evaluate.best_by == "mine"
     assert read("evaluate.best_by=overall_b").evaluate.best_by == "overall_b"
     for choice in ("mine", "sst"):  # one has no dev set, one is not there
         assert complaint(lambda choice=choice: read(f"evaluate.best_by={choice}")) == (  # type: ignore[misc]
@@ -237,5 +237,5 @@ def test_bad_rows_are_refused_or_skipped(read: Read, tokenizer: Tokenizer) -> No
 def test_a_task_needs_a_row(read: Read, tokenizer: Tokenizer, labels: list[int], hint: str) -> None:
     write_rows("x.tsv", labels)
     assert complaint(lambda: read().open_split("mine", "train", tokenizer)) == (
-        f"x.tsv: no usable row for task 'mine', train{hint}"
+        f"x.yaml:6: tasks.mine.train: x.tsv has no usable row{hint}"
     )

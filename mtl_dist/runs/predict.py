@@ -17,7 +17,7 @@ from mtl_dist.data.read import File, Format
 from mtl_dist.distributed import first_then_others, on_one, processes
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import BEST, MultiTaskModel, load_model
-from mtl_dist.model.objectives import Classification, Regression
+from mtl_dist.model.objectives import Regression
 from mtl_dist.tasks import SplitName, TaskConfig
 from mtl_dist.training.scores import Scores, predict, score_all
 
@@ -26,7 +26,7 @@ def shown(task: TaskConfig, value: float) -> str | int | float:
     """A prediction or label as the task's files write it."""
     if isinstance(task.label, Regression):
         return round(float(value), 6)
-    if isinstance(task.label, Classification) and task.label.names is not None:
+    if task.label.names is not None:
         return task.label.names[int(value)]
     return int(value)
 

@@ -100,9 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     run_folder(sub)
     sub.add_argument("file", metavar="FILE", type=Path, help="rows with the task's sentences, labelled or not")
     sub.add_argument("--task", required=True)
-    sub.add_argument("--out", type=Path, required=True, help="where to write: .jsonl, else `id, Predicted_Label`")
+    sub.add_argument("--out", type=Path, required=True, help="where to write")
     overrides(sub)
-    sub.add_argument("--format", choices=("csv", "tsv", "jsonl", "parquet"), help="by default as the task's own files")
+    sub.add_argument("--overwrite", action="store_true", help="replace a file that is at --out")
+    sub.add_argument(
+        "--format", choices=("csv", "tsv", "jsonl", "parquet"), help="of FILE; by default as the task's own files"
+    )
+    sub.add_argument(
+        "--out-format",
+        choices=("csv", "tsv", "jsonl", "cs224n"),
+        help="of --out, whose suffix tells by default; cs224n: `id, Predicted_Label`, with the blanks",
+    )
 
     config(command("prepare", _prepare, "check and tokenise an experiment's data, so that training starts at once"))
 
@@ -197,17 +205,24 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from mtl_dist.data.read import place
     from mtl_dist.runs.predict import predict_file
 
     config = _experiment(arguments.run_folder / CONFIG_FILE, arguments.overrides)
-    file, out = arguments.file, arguments.out
-    split = predict_file(config, arguments.run_folder, arguments.task, file, arguments.format, out)
+    out = arguments.out
+    predicted, remarks = predict_file(
+        config,
+        arguments.run_folder,
+        arguments.task,
+        arguments.file,
+        out,
+        arguments.format,
+        arguments.out_format,
+        arguments.overwrite,
+    )
     if _is_first_rank():
-        _write(f"{out}: {len(split):,} predictions")
-        for bad in split.rejected()[:1]:
-            first = f"{place(split.source, bad.line)}: {bad.message}"
-            print(f"{split.num_rejected:,} rows have no prediction, the first is {first}", file=sys.stderr)
+        _write(f"{out}: {predicted:,} predictions")
+        for remark in remarks:
+            print(remark, file=sys.stderr)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -6,11 +6,16 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from mtl_dist.cli import main
+from mtl_dist.data.packed import Packed
+from mtl_dist.model.multitask import MultiTaskModel
 
 
 def test_help_answers_at_once() -> None:
@@ -179,16 +184,16 @@ def test_from_training_to_predictions(tiny: Path, capsys: pytest.CaptureFixture[
         outputs.append((tiny.parent / "out" / out).read_text())
     assert outputs[0] == outputs[1]
     header, *lines = outputs[0].splitlines()
-    assert header == "id, Predicted_Label"
+    assert header == "id,prediction"
     predictions = [json.loads(line) for line in outputs[2].splitlines()]
-    assert lines == [f"{row['id']}, {row['prediction']}" for row in predictions]
+    assert lines == [f"{row['id']},{row['prediction']}" for row in predictions]
     assert [row["id"] for row in predictions] == [f"mood{i}" for i in range(5)]
     gold = [int(label) for _, _, label in rows[1:]]
     right = sum(row["prediction"] == label for row, label in zip(predictions, gold, strict=True))
     assert right / 5 == scores["tasks"]["mood"]["accuracy"]
     blank = tiny.parent / "blank.tsv"
     blank.write_text("id\tsentence\na\tbam\nb\t \n")
-    to = ["--out", str(tiny.parent / "some.csv")]
+    to = ["--out", str(tiny.parent / "some.csv"), "--overwrite"]
     assert "blank.tsv:3: sentence is blank" in refused(capsys, "predict", run, "--task", "mood", blank, *to)
     assert main(["predict", str(run), "--task", "mood", str(blank), *to, "tasks.mood.bad_rows=skip"]) == 0
     assert "1 rows have no prediction, the first is" in capsys.readouterr().err
@@ -201,6 +206,63 @@ def test_from_training_to_predictions(tiny: Path, capsys: pytest.CaptureFixture[
     assert "has no task 'mod'; it has mood, same, near" in refused(
         capsys, "predict", run, "--task", "mod", labelled, "--out", tiny.parent / "x.csv"
     )
+
+
+def test_predictions(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["train", str(tiny), "steps=1"]) == 0
+    capsys.readouterr()
+    run, out, file = tiny.parent / "run", tiny.parent / "out.csv", tiny.parent / "mood-dev.tsv"
+    command = ["predict", str(run), "--task", "mood", str(file), "--out", str(out)]
+    assert main(command) == 0
+    named = out.read_text()
+    capsys.readouterr()
+    # What is there is not replaced unless that is asked for.
+    assert refused(capsys, *command) == (
+        f"--out is {out}, which is there already; replace it with --overwrite, or choose another\n"
+    )
+    assert main([*command, "--overwrite", "--out-format", "cs224n"]) == 0
+    assert out.read_text() == named.replace(",", ", ").replace("id, prediction", "id, Predicted_Label")
+    assert main([*command[:-1], "/dev/null"]) == 0
+
+    # Without the id column the rows go by their lines.
+    for suffix, nameless in (
+        ("tsv", "".join(line.partition("\t")[2] + "\n" for line in file.read_text().splitlines())),
+        (
+            "jsonl",
+            "".join(json.dumps({"sentence": row.split("\t")[1]}) + "\n" for row in file.read_text().splitlines()[1:]),
+        ),
+    ):
+        other = tiny.parent / f"nameless.{suffix}"
+        other.write_text(nameless)
+        capsys.readouterr()
+        assert main(["predict", str(run), "--task", "mood", str(other), "--out", str(out), "--overwrite"]) == 0
+        assert capsys.readouterr().err == f"{other} has no column 'id': its rows go by their line numbers\n"
+        first = 2 if suffix == "tsv" else 1
+        expected = [f"{first + i},{line.partition(',')[2]}" for i, line in enumerate(named.splitlines()[1:])]
+        assert out.read_text().splitlines()[1:] == expected
+    (tiny.parent / "twice.tsv").write_text("id\tid\tsentence\na\tb\tbam\n")
+    command[4] = str(tiny.parent / "twice.tsv")
+    assert "has 2 columns named 'id'" in refused(capsys, *command, "--overwrite")
+
+    # Rows for which the model gives no number are left empty and told; if there are no others, nothing is written.
+    forward = MultiTaskModel.forward
+
+    def poisoned(self: MultiTaskModel, task: str, packed: Packed, rows: slice) -> Tensor:
+        raw_NO = forward(self, task, packed)
+        raw_NO[rows] = torch.nan
+        return raw_NO
+
+    command[4] = str(file)
+    monkeypatch.setattr(MultiTaskModel, "forward", partialmethod(poisoned, rows=slice(1)))
+    assert main([*command, "--overwrite"]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"{out}: 4 predictions\n"
+    assert output.err.startswith(f"task 'mood': the model gives no number for 1 of 5 rows, the first is {file}:")
+    assert [line.partition(",")[2] for line in out.read_text().splitlines()].count("") == 1
+    out.unlink()
+    monkeypatch.setattr(MultiTaskModel, "forward", partialmethod(poisoned, rows=slice(None)))
+    assert refused(capsys, *command).endswith(f"for 5 of 5 rows, the first is {file}:2; {out} is not written\n")
+    assert not out.exists()
 
 
 def test_two_processes_through_accelerate(tiny: Path) -> None:

@@ -66,6 +66,10 @@ class SourceError(UserError):
     """What no row of a source survives; says which file, but not for which task it was read."""
 
 
+class NoColumnError(SourceError):
+    """A source without a column that was asked for."""
+
+
 @dataclass(slots=True, frozen=True)
 class Row:
     """The wanted columns of one row; `line` counts physical lines from 1 (Parquet and hub: rows from 1)."""
@@ -164,7 +168,7 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
 def _check_columns(where: str, names: list[str], columns: list[str]) -> None:
     for column in columns:
         if column not in names:
-            raise SourceError(f"{where} {_no_column(column, names)}")
+            raise NoColumnError(f"{where} {_no_column(column, names)}")
         if names.count(column) > 1:
             raise SourceError(f"{where} has {names.count(column)} columns named {column!r}; rename all but one")
 

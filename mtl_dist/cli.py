@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--allow-changes", action="store_true", help="go on with other tasks or other train rows as well")
 
     sub = command("verify", _verify, "check that a run's checkpoints and its best model are whole")
-    run_folder(sub)
+    sub.add_argument(
+        "folder", metavar="PATH", type=Path, help="a run folder, its checkpoints, one of them, or its best"
+    )
 
     sub = command("plan", _plan, "say what training will draw, send and keep, and how long it takes, before it starts")
     config(sub)
@@ -146,19 +148,34 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from mtl_dist import files
-    from mtl_dist.checkpoint import CHECKPOINTS, all_in, faults
-    from mtl_dist.model.multitask import BEST, MODEL_FILES
+    from mtl_dist.checkpoint import CHECKPOINTS, COVERED, all_in, faults
+    from mtl_dist.model.multitask import BEST, HEADS, MODEL_FILES
 
-    run = arguments.run_folder
-    found = {path: faults(path) for path in all_in(run / CHECKPOINTS)}
-    if (run / BEST).exists():
-        found[run / BEST] = files.faults(run / BEST, MODEL_FILES)
-    if not found:
-        raise UserError(f"{run}: no checkpoints and no best model here")
+    folder = arguments.folder
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    checkpoints = all_in(folder / CHECKPOINTS) or all_in(folder)
+    models = [folder / BEST] if (folder / BEST).exists() else []
+    name = folder.resolve().name
+    if not (checkpoints or models or (folder / CHECKPOINTS).exists()):  # then it is none of these, but may be in one
+        if name.startswith("step-") or any((folder / part).exists() for part in COVERED):
+            checkpoints = [folder]
+        elif name == BEST or (folder / HEADS).exists():
+            models = [folder]
+    if not (checkpoints or models):
+        raise UserError(f"{folder}: no checkpoints and no best model here")
+    found = {path: faults(path) for path in checkpoints}
+    for path in models:
+        if (path / files.SUMS).exists():
+            found[path] = files.faults(path, MODEL_FILES)
+        else:  # whoever changes a file takes it away
+            found[path] = [f"{part} is missing" for part in MODEL_FILES if not (path / part).is_file()]
     for path, wrong in found.items():
-        _write(f"{path}: {'; '.join(wrong) or 'whole'}")
+        unknown = path in models and not (path / files.SUMS).exists()
+        whole = f"not checked, because {files.SUMS} was taken away; its files are all there" if unknown else "whole"
+        _write(f"{path}: {'; '.join(wrong) or whole}")
     if any(found.values()):
-        raise UserError(f"{run}: not all is whole")
+        raise UserError(f"{folder}: not all is whole")
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -8,12 +8,14 @@ import sys
 import time
 from functools import partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from mtl_dist.cli import main
+from mtl_dist.config import UserError
 from mtl_dist.data.packed import Packed
 from mtl_dist.model.multitask import MultiTaskModel
 
@@ -265,6 +267,13 @@ def test_predictions(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert not out.exists()
 
 
+def test_exit_codes(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for error, code in ((UserError("mine"), 2), (KeyboardInterrupt(), 130), (BrokenPipeError(), 0)):
+        monkeypatch.setattr("mtl_dist.cli._train", Mock(side_effect=error))
+        assert main(["train", str(tiny)]) == code
+        assert capsys.readouterr().err == ("mine\n" if code == 2 else "")
+
+
 def test_two_processes_through_accelerate(tiny: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     launch += ["--config_file", str(Path(__file__).parents[1] / "accelerate_configs" / "cpu_2proc.yaml")]
@@ -276,5 +285,7 @@ def test_two_processes_through_accelerate(tiny: Path) -> None:
     assert done.stdout.count("best model") == 1  # only one of them talks
 
     wrong = subprocess.run([*command, "epocs=1"], capture_output=True, text=True, timeout=200, env=environment)
-    assert wrong.returncode != 0
-    assert wrong.stderr.count("override 'epocs=1': the top level has no field 'epocs'; did you mean 'epochs'?") == 1
+    assert wrong.returncode == 1  # whatever its processes ended with, which was 2
+    said = "override 'epocs=1': the top level has no field 'epocs'; did you mean 'epochs'?"
+    assert wrong.stderr.count(said) == 1
+    assert wrong.stderr.index(said) < wrong.stderr.index("exitcode: 2") < wrong.stderr.index("Traceback")

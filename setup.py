@@ -48,7 +48,6 @@ setup(
             "transformers>=4.50",
             "types-PyYAML",
         ],
-        "sweep": ["optuna>=4.0"],
     },
     entry_points={"console_scripts": ["mtl-dist = mtl_dist.cli:main"]},
 )

@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--allow-changes", action="store_true", help="go on with other tasks or other train rows as well")
 
     sub = command("verify", _verify, "check that a run's checkpoints and its best model are whole")
-    run_folder(sub)
+    sub.add_argument(
+        "folder", metavar="PATH", type=Path, help="a run folder, its checkpoints, one of them, or its best"
+    )
 
     sub = command("plan", _plan, "say what training will draw, send and keep, and how long it takes, before it starts")
     config(sub)
@@ -100,9 +102,17 @@ def _parser() -> argparse.ArgumentParser:
     run_folder(sub)
     sub.add_argument("file", metavar="FILE", type=Path, help="rows with the task's sentences, labelled or not")
     sub.add_argument("--task", required=True)
-    sub.add_argument("--out", type=Path, required=True, help="where to write: .jsonl, else `id, Predicted_Label`")
+    sub.add_argument("--out", type=Path, required=True, help="where to write")
     overrides(sub)
-    sub.add_argument("--format", choices=("csv", "tsv", "jsonl", "parquet"), help="by default as the task's own files")
+    sub.add_argument("--overwrite", action="store_true", help="replace a file that is at --out")
+    sub.add_argument(
+        "--format", choices=("csv", "tsv", "jsonl", "parquet"), help="of FILE; by default as the task's own files"
+    )
+    sub.add_argument(
+        "--out-format",
+        choices=("csv", "tsv", "jsonl", "cs224n"),
+        help="of --out, whose suffix tells by default; cs224n: `id, Predicted_Label`, with the blanks",
+    )
 
     config(command("prepare", _prepare, "check and tokenise an experiment's data, so that training starts at once"))
 
@@ -138,19 +148,34 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from mtl_dist import files
-    from mtl_dist.checkpoint import CHECKPOINTS, all_in, faults
-    from mtl_dist.model.multitask import BEST, MODEL_FILES
+    from mtl_dist.checkpoint import CHECKPOINTS, COVERED, all_in, faults
+    from mtl_dist.model.multitask import BEST, HEADS, MODEL_FILES
 
-    run = arguments.run_folder
-    found = {path: faults(path) for path in all_in(run / CHECKPOINTS)}
-    if (run / BEST).exists():
-        found[run / BEST] = files.faults(run / BEST, MODEL_FILES)
-    if not found:
-        raise UserError(f"{run}: no checkpoints and no best model here")
+    folder = arguments.folder
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    checkpoints = all_in(folder / CHECKPOINTS) or all_in(folder)
+    models = [folder / BEST] if (folder / BEST).exists() else []
+    name = folder.resolve().name
+    if not (checkpoints or models or (folder / CHECKPOINTS).exists()):  # then it is none of these, but may be in one
+        if name.startswith("step-") or any((folder / part).exists() for part in COVERED):
+            checkpoints = [folder]
+        elif name == BEST or (folder / HEADS).exists():
+            models = [folder]
+    if not (checkpoints or models):
+        raise UserError(f"{folder}: no checkpoints and no best model here")
+    found = {path: faults(path) for path in checkpoints}
+    for path in models:
+        if (path / files.SUMS).exists():
+            found[path] = files.faults(path, MODEL_FILES)
+        else:  # whoever changes a file takes it away
+            found[path] = [f"{part} is missing" for part in MODEL_FILES if not (path / part).is_file()]
     for path, wrong in found.items():
-        _write(f"{path}: {'; '.join(wrong) or 'whole'}")
+        unknown = path in models and not (path / files.SUMS).exists()
+        whole = f"not checked, because {files.SUMS} was taken away; its files are all there" if unknown else "whole"
+        _write(f"{path}: {'; '.join(wrong) or whole}")
     if any(found.values()):
-        raise UserError(f"{run}: not all is whole")
+        raise UserError(f"{folder}: not all is whole")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -197,17 +222,24 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from mtl_dist.data.read import place
     from mtl_dist.runs.predict import predict_file
 
     config = _experiment(arguments.run_folder / CONFIG_FILE, arguments.overrides)
-    file, out = arguments.file, arguments.out
-    split = predict_file(config, arguments.run_folder, arguments.task, file, arguments.format, out)
+    out = arguments.out
+    predicted, remarks = predict_file(
+        config,
+        arguments.run_folder,
+        arguments.task,
+        arguments.file,
+        out,
+        arguments.format,
+        arguments.out_format,
+        arguments.overwrite,
+    )
     if _is_first_rank():
-        _write(f"{out}: {len(split):,} predictions")
-        for bad in split.rejected()[:1]:
-            first = f"{place(split.source, bad.line)}: {bad.message}"
-            print(f"{split.num_rejected:,} rows have no prediction, the first is {first}", file=sys.stderr)
+        _write(f"{out}: {predicted:,} predictions")
+        for remark in remarks:
+            print(remark, file=sys.stderr)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -231,6 +263,7 @@ def _validate(arguments: argparse.Namespace) -> None:
 
     counts: dict[str, dict[str, int]] = {}
     problems: list[str] = []
+    remarks: list[str] = []  # shown where nothing is wrong, or they would hide what is
     with _noting(problems):
         load_tokenizer(config.encoder.tokenizer_source)
     for name, task in config.tasks.items():
@@ -240,10 +273,10 @@ def _validate(arguments: argparse.Namespace) -> None:
         for split in ("train", "dev", "test"):
             source = config.source(name, split)
             if split == "test" and isinstance(source, File) and not os.path.exists(source.path):  # noqa: PTH110
-                print(f"{name} test: {source.path} is not there; training does without it", file=sys.stderr)
+                remarks.append(f"{name} test: {source.path} is not there; training does without it")
             elif source is not None:
                 digests: list[int] = []
-                with _noting(problems):
+                with _noting(problems), config.naming(name, split):
                     # Test files often have no labels.
                     counts[f"{name} {split}"] = count_rows(
                         f"task '{name}', {split}", task.reading(split != "test"), source, digests.append
@@ -251,7 +284,7 @@ def _validate(arguments: argparse.Namespace) -> None:
                 if split == "train":
                     of_train = set(digests)
                 elif shared := sum(digest in of_train for digest in digests):
-                    print(also_in_train(f"{name} {split}", shared, len(digests)), file=sys.stderr)
+                    remarks.append(also_in_train(f"{name} {split}", shared, len(digests)))
     if not problems:
         rows = {name: counts[f"{name} train"]["usable"] for name in config.tasks}
         for stage in config.all_stages():
@@ -259,6 +292,8 @@ def _validate(arguments: argparse.Namespace) -> None:
                 stage.order(rows, config.seed)
     if problems:
         raise UserError("\n".join(problems))
+    for remark in remarks:
+        print(remark, file=sys.stderr)
     if arguments.json:
         _write(json.dumps({"config": str(arguments.config), "rows": counts}, indent=2))
     else:

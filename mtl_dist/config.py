@@ -4,28 +4,32 @@
     override 'tasks.sst.weight=two': tasks.sst.weight is 'two', not a number
 
 A file that starts with `extends: base.yaml` is laid over that one (see `overlay`) and shows only what it changes.
-Unions of models are told apart by a field `kind: Literal[...]`.
+Unions of models are told apart by a field `kind: Literal[...]`; a bare kind stands for it: `mixer: joint` is
+`mixer: {kind: joint}`.
 """
 
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema
 
 CONFIG_FILE = "config.yaml"  # of a run folder, with every default filled in
+PLACES = "_places"  # what a config that was loaded knows besides its fields: where each of its parts was written
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Keys = tuple[str | int, ...]  # ("tasks", "sst", "files", 0)
+Mistake = Mapping[str, Any]  # as pydantic tells it
 
 
 class UserError(Exception):
@@ -67,6 +71,12 @@ class Config(BaseModel):
         # ConfigDict(strict=True) would also refuse a list for a tuple and a text for a path.
         return cast(CoreSchema, _scalars_made_strict(handler(source)))
 
+    def place_of(self, *keys: str | int) -> str:
+        """What an error about a part begins with: its file and line, or the override, and its name."""
+        places: dict[Keys, str] = self.__dict__.get(PLACES, {})
+        written = next((places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in places), None)
+        return f"{written}: {_dotted(keys)}" if written else _dotted(keys)
+
 
 def _home_expanded(path: Path) -> Path:
     if "\0" in str(path):
@@ -93,27 +103,31 @@ T = TypeVar("T", bound=Config)
 
 def load(model: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """The config in a YAML file, after overrides such as `optim.rules.0.lr=1e-5`; the last of two wins."""
-    raw, places = _read_mapping(path)
+    raw, places = _read_mapping(model, path)
     if "extends" in raw:
         name = raw.pop("extends")
         if not isinstance(name, str):
             raise UserError(f"{places['extends',]}: extends is {_show(name)}, not text")
         try:
-            base, base_places = _read_mapping(path.parent / _home_expanded(Path(name)))
+            base, base_places = _read_mapping(model, path.parent / _home_expanded(Path(name)))
         except (UserError, ValueError) as error:
             raise UserError(f"{places['extends',]}: extends {name!r}: {error}") from None
         if "extends" in base:
             raise UserError(f"{base_places['extends',]}: {path} extends this file, which may not extend another one")
 
         raw = overlay(base, raw, on_replaced=partial(_forget, base_places))
-        places = base_places | places
+        places = {keys: place for keys, place in base_places.items() if keys not in places} | places
+    of_files = deepcopy(raw)
     for override in overrides:
-        _override(raw, override, places)
+        _override(model, raw, override, places)
 
     try:
-        return model.model_validate(raw)
+        config = model.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(model, error, places))) from None
+        before = _before_each(model, of_files, overrides)
+        raise UserError("\n".join(_explain(model, _mistakes(error), places, before))) from None
+    config.__dict__[PLACES] = places
+    return config
 
 
 def made(model: type[T], what: str, **values: Any) -> T:
@@ -138,8 +152,8 @@ def overlay(below: Any, above: Any, keys: Keys = (), on_replaced: Callable[[Keys
     return {key: value for key, value in (below | laid).items() if value is not None or key not in laid.keys() & below}
 
 
-def _read_mapping(path: Path) -> tuple[dict[str, Any], dict[Keys, str]]:
-    """What a YAML file holds, and where each part of it was written, in the order of the file."""
+def _read_mapping(model: type[Config], path: Path) -> tuple[dict[str, Any], dict[Keys, str]]:
+    """What a YAML file holds, kinds written out, and where each part of it was written, in the order of the file."""
     try:
         text = path.read_bytes().decode()
     except OSError as error:
@@ -154,7 +168,18 @@ def _read_mapping(path: Path) -> tuple[dict[str, Any], dict[Keys, str]]:
         raw = {}
     if not isinstance(raw, dict):
         raise UserError(f"{places[()]}: the top level is {_show(raw)}, not a mapping")
-    return raw, places
+    return _kinds_written_out(raw, [model]), places
+
+
+def _kinds_written_out(value: Any, types: list[Any]) -> Any:
+    """The value of a part that may be of these types; each bare kind in it as the mapping that it stands for."""
+    if isinstance(value, str) and any(map(_is_by_kind, types)):
+        return {"kind": value}
+    if isinstance(value, dict):
+        return {key: _kinds_written_out(part, _inner_types(types, value, key)) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_kinds_written_out(part, _inner_types(types, value, index)) for index, part in enumerate(value)]
+    return value
 
 
 def dump(config: Config) -> str:
@@ -166,10 +191,25 @@ def dump(config: Config) -> str:
 def schema(model: type[Config]) -> dict[str, Any]:
     """The JSON schema that editors check a config against while it is typed."""
     whole = model.model_json_schema()
+    whole = _with_bare_kinds(whole, whole["$defs"])
     whole["properties"]["extends"] = {"type": "string", "description": "A file that this one is laid over."}
     if "required" in whole:
         whole["anyOf"] = [{"required": ["extends"]}, {"required": whole.pop("required")}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole}
+
+
+def _with_bare_kinds(part: Any, models: Mapping[str, Any]) -> Any:
+    if isinstance(part, list):
+        return [_with_bare_kinds(inner, models) for inner in part]
+    if not isinstance(part, dict):
+        return part
+    part = {key: _with_bare_kinds(inner, models) for key, inner in part.items()}
+    if "discriminator" not in part:
+        return part
+    by_kind = {key: part.pop(key) for key in ("discriminator", "oneOf")}
+    needs = {kind: models[ref.rpartition("/")[2]] for kind, ref in by_kind["discriminator"]["mapping"].items()}
+    alone = [kind for kind, member in needs.items() if set(member.get("required", ())) <= {"kind"}]
+    return {"anyOf": [{"enum": alone}, by_kind], **part}
 
 
 # YAML 1.2's core schema in decimal. PyYAML alone follows 1.1, where `no` is false, 1e-5 a text and 1:30 is ninety.
@@ -252,31 +292,43 @@ def _read(text: str, place: Callable[[int], str], root: Keys, places: dict[Keys,
     return build(node, root, node.start_mark)
 
 
-def _override(raw: dict[str, Any], override: str, places: dict[Keys, str]) -> None:
+def _override(model: type[Config], raw: dict[str, Any], override: str, places: dict[Keys, str]) -> None:
     place = f"override {override!r}"
     name, equals, text = override.partition("=")
     parts = name.split(".")
     if not (equals and all(parts)):
         raise UserError(f"{place}: not of the form a.b=value")
+    if name == "extends":
+        raise UserError(f"{place}: a file extends another one, an override does not; write it into the file")
 
     here: Any = [raw]
     key: str | int = 0
     keys: Keys = ()
+    types: list[Any] = [model]
     for part in parts:
         if here[key] is None:
             here[key] = {}
             places[keys] = place
-        here = here[key]
+        here, around = here[key], types
         if isinstance(here, dict):
+            was_there = part in here
             here.setdefault(part, None)
             key = part
         elif isinstance(here, list) and part in map(str, range(len(here))):
+            was_there = True
             key = int(part)
         else:
             raise UserError(f"{place}: {_dotted(keys)} is {_show(here)}; there is no {part!r} in it")
+        types = _inner_types(around, here, key)
         keys = (*keys, key)
     _forget(places, keys)
-    here[key] = _read(text, lambda line: place, keys, places)
+    here[key] = _kinds_written_out(_read(text, lambda line: place, keys, places), types)
+    if here[key] is None and isinstance(here, dict) and not any(map(_may_be_null, types)):
+        if not was_there and any(get_origin(outer) is dict for outer in _members(around)):
+            known = [other for other in here if other != key]
+            raise UserError(f"{place}: {_dotted(keys[:-1])} has no {key!r} to take away{_meant(key, known)}")
+        if was_there:
+            del here[key]
 
 
 def _forget(places: dict[Keys, str], keys: Keys) -> None:
@@ -291,25 +343,61 @@ _WANTED |= dict.fromkeys(("dict", "model", "model_attributes"), "a mapping")
 _WANTED |= dict.fromkeys(("list", "tuple", "set", "frozen_set"), "a list")
 
 
-def _explain(model: type[Config], error: ValidationError, places: dict[Keys, str]) -> list[str]:
+def _mistakes(error: ValidationError) -> list[Mistake]:
+    return list(map(dict, error.errors(include_url=False)))
+
+
+def _before_each(model: type[Config], raw: dict[str, Any], overrides: Sequence[str]) -> list[tuple[str, list[Mistake]]]:
+    """Each override, and what was wrong before it was laid over what the files say."""
+    before: list[tuple[str, list[Mistake]]] = []
+    for override in overrides:
+        try:
+            model.model_validate(raw)
+            before.append((override, []))
+        except ValidationError as error:
+            before.append((override, _mistakes(error)))
+        _override(model, raw, override, {})
+    return before
+
+
+def _blamed(mistake: Mistake, before: list[tuple[str, list[Mistake]]]) -> str | None:
+    """The override that brought a mistake, which may be a misfit with what a file says; None if none did."""
+    loc = mistake["loc"]
+    for override, others in reversed(before):
+        there = any((other["loc"], other["msg"]) == (loc, mistake["msg"]) for other in others)
+        # What is wrong inside a part keeps pydantic from asking whether the part is right as a whole.
+        unknown = any(other["loc"][: len(loc)] == loc for other in others)
+        if not (there or unknown):
+            return override
+    return None
+
+
+def _explain(
+    model: type[Config], mistakes: list[Mistake], places: dict[Keys, str], before: list[tuple[str, list[Mistake]]]
+) -> list[str]:
     """One line for each mistake, in the order of `places`."""
     order = list(places)
     lines = []
-    for mistake in error.errors(include_url=False):
-        keys, complaint = _complaint(model, dict(mistake))
+    for mistake in mistakes:
+        keys, complaint = _complaint(model, mistake, places)
         while keys not in places:  # what is missing, or came from a default, has no place of its own
             keys = keys[:-1]
-        lines.append((order.index(keys), f"{places[keys]}: {complaint}"))
+        number, place = order.index(keys), places[keys]
+        if not place.startswith("override ") and (override := _blamed(mistake, before)):
+            number, place = len(order), f"override {override!r}"
+        lines.append((number, f"{place}: {complaint}"))
     return [line for _, line in sorted(lines, key=lambda line: line[0])]
 
 
-def _complaint(model: type[Config], mistake: dict[str, Any]) -> tuple[Keys, str]:
+def _complaint(model: type[Config], mistake: Mistake, places: Container[Keys]) -> tuple[Keys, str]:
     error, value = mistake["type"], mistake["input"]
     keys, types = _locate(model, mistake["loc"])
     choices = [choice for literal in types for choice in get_args(literal)]
     must = re.sub(r"^\w+ should ", "must ", mistake["msg"]).replace(" after validation", "")
     if error.startswith("union_tag"):
-        keys, value = (*keys, "kind"), value.get("kind")
+        value = value.get("kind")
+        if value is None or (*keys, "kind") in places:  # or it is a bare kind
+            keys = (*keys, "kind")
         choices = [kind for member in types for kind in _kinds(member)]
         must = f"must be one of {', '.join(map(repr, choices))}"
     name = _dotted(keys)
@@ -317,7 +405,8 @@ def _complaint(model: type[Config], mistake: dict[str, Any]) -> tuple[Keys, str]
     match error:
         case "extra_forbidden":
             known = [field for parent in _locate(model, mistake["loc"][:-1])[1] for field in _fields(parent)]
-            listed = f"; it has {', '.join(map(str, known))}" if 0 < len(known) <= 12 else ""
+            known += ["extends"] if len(keys) == 1 else []
+            listed = f"; it has {', '.join(map(str, known))}" if known else ""
             text = f"{_dotted(keys[:-1])} has no field {keys[-1]!r}{_meant(keys[-1], known) or listed}"
         case "missing":
             text = f"{name} is missing"
@@ -346,8 +435,15 @@ def _locate(model: type[Config], loc: Keys) -> tuple[Keys, list[Any]]:
             types = [member for member in types if part in _kinds(member)]
         elif part != "[key]":  # pydantic's mark behind a mapping's key that is itself wrong
             keys = (*keys, part)
-            types = [inner for outer in types for inner in _alternatives(_inside(outer, part))]
+            types = _members([_inside(outer, part) for outer in types])
     return keys, types
+
+
+def _inner_types(types: list[Any], value: Any, part: str | int) -> list[Any]:
+    """The types, as they were annotated, that a part may have of a value that has one of `types`."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    outer = _members(types)
+    return [_inside(member, part) for member in outer if not _kinds(member) or kind in (None, *_kinds(member))]
 
 
 def _inside(container: Any, part: str | int) -> Any:
@@ -357,18 +453,42 @@ def _inside(container: Any, part: str | int) -> Any:
     return arguments[-1] if arguments else None  # the values of a mapping, the items of a list
 
 
-def _alternatives(annotation: Any) -> list[Any]:
+def _members(annotations: Iterable[Any]) -> list[Any]:
+    """The types that annotations allow, but for null."""
+    members = []
+    for annotation in annotations:
+        if get_origin(annotation) is Annotated:
+            members += _members(get_args(annotation)[:1])
+        elif get_origin(annotation) in (Union, UnionType):
+            members += _members(get_args(annotation))
+        elif annotation not in (None, NoneType):
+            members.append(annotation)
+    return members
+
+
+def _is_by_kind(annotation: Any) -> bool:
+    """Whether a text is the kind of a model here, and not itself a value."""
     if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
+        inner, *metadata = get_args(annotation)
+        return _is_by_kind(inner) and not any(isinstance(part, BeforeValidator) for part in metadata)
     if get_origin(annotation) in (Union, UnionType):
-        return [member for one in get_args(annotation) for member in _alternatives(one)]
-    return [] if annotation in (None, NoneType) else [annotation]
+        return any(map(_is_by_kind, get_args(annotation))) and str not in get_args(annotation)
+    return bool(_kinds(annotation))
+
+
+def _may_be_null(annotation: Any) -> bool:
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        return any(map(_may_be_null, get_args(annotation)))
+    return annotation is NoneType
 
 
 def _fields(model: Any) -> dict[str | int, Any]:
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         return {}
-    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+    return {
+        field.alias or name: Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        for name, field in model.model_fields.items()
+    }
 
 
 def _kinds(model: Any) -> tuple[Any, ...]:

@@ -2,9 +2,12 @@
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +19,7 @@ from rich.text import Text
 
 PACKAGES = ("mtl_dist", "torch", "accelerate", "deepspeed", "transformers", "datasets")
 CPUINFO = Path("/proc/cpuinfo")
+LAUNCH_FILES = Path(__file__).parents[1] / "accelerate_configs"  # in the project's folder alone, not where pip installs
 NATIVE_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}  # instructions that multiply bf16; the last is Arm's
 VARIABLES = (
     "ACCELERATE_USE_",
@@ -49,6 +53,7 @@ class Facts:
     engines: dict[str, str]
     environment: dict[str, str]  # what a launcher, or the user, has set
     slurm: list[str]  # commands
+    launch_files: str  # their folder
     start: str  # the command that fits this machine
 
 
@@ -68,6 +73,9 @@ def facts() -> Facts:
         engines=_engines(torch, backends, versions),
         environment={name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
         slurm=[command for command in ("sbatch", "srun", "squeue") if shutil.which(command)],
+        launch_files=_shown(LAUNCH_FILES)
+        if LAUNCH_FILES.is_dir()
+        else "no: they are in the project's folder, not here",
         start=_start(usable, cpu),
     )
 
@@ -140,16 +148,27 @@ def _engines(
 
 
 def _start(gpus: list[Device], cpu: Device) -> str:
-    bf16 = all(gpu.bf16.startswith("yes") for gpu in gpus)
+    precision = "bf16" if all(gpu.bf16.startswith("yes") for gpu in gpus) else "fp16"
     if len(gpus) > 1:
-        file = f"ddp_{'bf16' if bf16 else 'fp16'}.yaml" + (f" --num_processes {len(gpus)}" if len(gpus) != 8 else "")
+        file, options = f"ddp_{precision}.yaml", f" --num_processes {len(gpus)}" if len(gpus) != 8 else ""
+        alone = f"--multi_gpu --num_processes {len(gpus)} --mixed_precision {precision}"
     elif gpus:
-        file = "single_gpu.yaml" + ("" if bf16 else " --mixed_precision fp16")
+        file, options = "single_gpu.yaml", "" if precision == "bf16" else " --mixed_precision fp16"
+        alone = f"--num_processes 1 --mixed_precision {precision}"
     elif cpu.threads == 1:
         return "mtl-dist train CONFIG"
     else:
-        file = "cpu_2proc.yaml"
-    return f"accelerate launch --config_file accelerate_configs/{file} -m mtl_dist train CONFIG"
+        file, options = "cpu_2proc.yaml", ""
+        alone = "--multi_gpu --num_processes 2 --mixed_precision no"  # which starts CPU processes where there is no GPU
+    path = LAUNCH_FILES / file
+    how = f"--config_file {shlex.quote(_shown(path))}{options}" if path.exists() else alone
+    return f"accelerate launch {how} -m mtl_dist train CONFIG"
+
+
+def _shown(path: Path) -> str:
+    with suppress(OSError, ValueError):  # there may be no working folder any more
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
 
 
 def tables(facts: Facts) -> Iterator[RenderableType]:
@@ -167,9 +186,11 @@ def tables(facts: Facts) -> Iterator[RenderableType]:
     variables = [f"{name}={value}" for name, value in facts.environment.items()]
     rest.add_row("versions", ", ".join(f"{name} {number or 'missing'}" for name, number in facts.versions.items()))
     rest.add_row("SLURM", ", ".join(facts.slurm) or "no commands on PATH")
+    rest.add_row("launch files", Text(facts.launch_files))
     rest.add_row("environment", Text(", ".join(variables) or "nothing that matters is set"))
     yield rest
-    yield Text("\nstart with:\n  " + facts.start.replace(".yaml ", ".yaml \\\n    "))
+    start = re.sub(r"(?<=\.yaml) | (?=-m )", " \\\n    ", facts.start, count=1)
+    yield Text("\nstart with:\n  " + start, no_wrap=True, overflow="ignore")
 
 
 def _table(*columns: str) -> Table:

@@ -5,7 +5,8 @@ Training is a list of stages. Most experiments have one, which is the experiment
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +27,7 @@ from mtl_dist.checkpoint import CheckpointConfig
 from mtl_dist.config import Config, Keys, MisfitError, Pattern, UserError, UserPath
 from mtl_dist.data.mixer import AnyMixer, Joint, Order, Size
 from mtl_dist.data.prepare import Split, prepare, refuse_unusable
-from mtl_dist.data.read import Source
+from mtl_dist.data.read import Source, SourceError, is_same, name_of
 from mtl_dist.distributed import DistributedConfig, Precision
 from mtl_dist.metrics import OVERALL
 from mtl_dist.model.weights import EncoderConfig, max_positions
@@ -242,6 +243,18 @@ class Experiment(Config):
         return self
 
     @model_validator(mode="after")
+    def _scored_on_other_rows(self) -> "Experiment":
+        for name in self.tasks:
+            train, dev = self.source(name, "train"), self.source(name, "dev")
+            if train is not None and dev is not None and is_same(train, dev):
+                raise MisfitError(
+                    ("tasks", name, "dev"),
+                    f"tasks.{name}.dev is what the task trains on, {name_of(dev)}: its scores would say nothing; "
+                    "name other rows, or set it to null",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _best_is_scored(self) -> "Experiment":
         scored = [name for name, task in self.tasks.items() if task.dev is not None]
         choices = [*OVERALL, *scored]
@@ -307,7 +320,16 @@ class Experiment(Config):
     ) -> Split:
         """The prepared rows of `source` as rows of a task; refuses bad rows unless the task skips them."""
         reading = self.tasks[task].reading(labelled)
-        prepared = prepare(reading, source, tokenizer, self.max_length(task), self.cache_dir, on_rows)
         whose = f"task '{task}'" if split is None else f"task '{task}', {split}"
-        refuse_unusable(whose, reading, source, len(prepared), prepared.rejected())
+        with nullcontext() if split is None else self.naming(task, split):
+            prepared = prepare(reading, source, tokenizer, self.max_length(task), self.cache_dir, on_rows)
+            refuse_unusable(whose, reading, source, len(prepared), prepared.rejected())
         return prepared
+
+    @contextmanager
+    def naming(self, task: str, split: SplitName) -> Iterator[None]:
+        """Puts before what is wrong with a source which one it is, and where the config names it."""
+        try:
+            yield
+        except SourceError as error:
+            raise UserError(f"{self.place_of('tasks', task, split)}: {error}") from error

@@ -1,6 +1,7 @@
 """How good the predictions are: one score per metric, and the two overall scores that the reports disagree on.
 
-A correlation is None where it is undefined; nothing here ever returns NaN.
+A correlation is None where it is undefined; nothing here ever returns NaN. A prediction may be NaN, where the model
+gave no number: it is wrong as a label, and no correlation is defined with it.
 """
 
 import math
@@ -46,15 +47,17 @@ def accuracy(pred: ArrayLike, gold: ArrayLike) -> float:
 def macro_f1(pred: ArrayLike, gold: ArrayLike, num_classes: int) -> float:
     """F1 averaged over the classes that occur, in the predictions or in the truth."""
     counts = confusion_matrix(pred, gold, num_classes)
-    occurrences = counts.sum(axis=0) + counts.sum(axis=1)
+    occurrences = counts.sum(axis=0) + np.bincount(np.asarray(gold, np.int64), minlength=num_classes)
     present = occurrences > 0
     # F1 = 2 tp / (2 tp + fp + fn), and a class occurs once for each fp or fn, twice for each tp.
     return float(np.mean(2 * counts.diagonal()[present] / occurrences[present]))
 
 
 def confusion_matrix(pred: ArrayLike, gold: ArrayLike, num_classes: int) -> NDArray[np.int64]:
-    """Rows counted at [gold, pred]."""
+    """Rows counted at [gold, pred], but for those whose prediction is NaN."""
     pred, gold = _pair(pred, gold)
+    given = ~np.isnan(pred.astype(np.float64))
+    pred, gold = pred[given], gold[given]
     assert all(np.isin(x, range(num_classes)).all() for x in (pred, gold)), f"a label is not in 0..{num_classes - 1}"
     cells = gold.astype(np.int64) * num_classes + pred.astype(np.int64)
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)

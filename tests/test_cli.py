@@ -6,11 +6,18 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
+from torch import Tensor
 
 from mtl_dist.cli import main
+from mtl_dist.config import UserError
+from mtl_dist.data.packed import Packed
+from mtl_dist.model.multitask import MultiTaskModel
 
 
 def test_help_answers_at_once() -> None:
@@ -39,7 +46,10 @@ def test_mistakes_are_one_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -
         "override 'tasks.mood.hed=1': tasks.mood has no field 'hed'; did you mean 'head'?"
     )
     assert refused(capsys, "train", tiny, "encoder.tokenizer=no/such-model").startswith("no/such-model: no such folder")
-    assert refused(capsys, "validate", tiny, "tasks.mood.train=none.tsv").startswith("cannot read ")
+    assert refused(capsys, "validate", tiny, "tasks.mood.train=none.tsv") == (
+        "override 'tasks.mood.train=none.tsv': tasks.mood.train: "
+        f"cannot read {folder}/none.tsv: No such file or directory\n"
+    )
     assert refused(capsys, "eval", folder).startswith(f"{folder}/config.yaml: No such file")
     assert refused(capsys, "train", tiny, "precision=fp16", "distributed.device=cpu").startswith("precision fp16 needs")
     with pytest.raises(SystemExit) as ended:
@@ -90,7 +100,7 @@ def test_validate_reports_every_problem_at_once(tiny: Path, capsys: pytest.Captu
     lines = refused(capsys, "validate", tiny, *wrong).splitlines()
     assert [line.partition(" ")[0] for line in lines] == [
         "/nope:",
-        "cannot",
+        "override",
         "tasks.same.max_length",
         f"{tiny.parent}/near-dev.tsv:2:",
     ]
@@ -98,6 +108,58 @@ def test_validate_reports_every_problem_at_once(tiny: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert main(["validate", str(tiny), "tasks.near.dev=null", "tasks.mood.test=later.tsv"]) == 0
     assert "mood test: " in capsys.readouterr().err
+
+
+def test_what_validate_remarks_does_not_hide_what_is_wrong(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dev = tiny.parent / "mood-dev.tsv"
+    dev.write_text((tiny.parent / "mood-train.tsv").read_text())
+    assert main(["validate", str(tiny)]) == 0
+    assert "mood dev: 40 of 40 rows are also in train" in capsys.readouterr().err
+    (tiny.parent / "near-train.tsv").unlink()
+    assert len(refused(capsys, "validate", tiny, "tasks.mood.test=later.tsv").splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["validate", "prepare", "train", "plan"])
+def test_a_data_file_that_is_missing_or_empty_is_named_with_its_line(
+    tiny: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    line = 1 + tiny.read_text().splitlines().index("    dev: same-dev.tsv")
+    path = tiny.parent / "same-dev.tsv"
+    path.unlink()
+    assert refused(capsys, command, tiny) == (
+        f"{tiny}:{line}: tasks.same.dev: cannot read {path}: No such file or directory\n"
+    )
+    path.touch()
+    assert refused(capsys, command, tiny) == f"{tiny}:{line}: tasks.same.dev: {path} is empty\n"
+    path.write_text("id\tsentence\tlabel\n")
+    assert refused(capsys, command, tiny).startswith(
+        f"{tiny}:{line}: tasks.same.dev: {path} has no column 'sentence1'; did you mean 'sentence'?"
+    )
+
+
+def test_words_for_yes_and_no_are_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.parent / "same-train.tsv"
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    words = ["label", *("yes" if label == "1" else "no" for *_, label in rows[1:])]
+    path.write_text("".join("\t".join([*row[:-1], word]) + "\n" for row, word in zip(rows, words, strict=True)))
+    lines = refused(capsys, "validate", tiny).splitlines()
+    assert lines[0].startswith(
+        f"{path}:2: label is '{words[1]}', not a number; for words say label: {{kind: binary, names: "
+    )
+    assert lines[-1] == "... and 65 more such rows; not one row can be used"
+    override = "tasks.same.label={kind: binary, names: [no, yes]}"
+    assert "same-dev.tsv:2: label is '" in refused(capsys, "validate", tiny, override)
+    assert main(["validate", str(tiny), override, "tasks.same.dev=null"]) == 0
+
+
+def test_train_rows_under_another_name_are_no_dev_set(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny.parent / "link.tsv").symlink_to("mood-train.tsv")
+    for name in ("mood-train.tsv", "./mood-train.tsv", "link.tsv"):
+        override = f"tasks.mood.dev={name}"
+        assert refused(capsys, "validate", tiny, override).startswith(
+            f"override '{override}': tasks.mood.dev is what the task trains on, "
+        )
+    assert main(["validate", str(tiny), "tasks.mood.dev=null"]) == 0
 
 
 def test_from_training_to_predictions(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,16 +186,16 @@ def test_from_training_to_predictions(tiny: Path, capsys: pytest.CaptureFixture[
         outputs.append((tiny.parent / "out" / out).read_text())
     assert outputs[0] == outputs[1]
     header, *lines = outputs[0].splitlines()
-    assert header == "id, Predicted_Label"
+    assert header == "id,prediction"
     predictions = [json.loads(line) for line in outputs[2].splitlines()]
-    assert lines == [f"{row['id']}, {row['prediction']}" for row in predictions]
+    assert lines == [f"{row['id']},{row['prediction']}" for row in predictions]
     assert [row["id"] for row in predictions] == [f"mood{i}" for i in range(5)]
     gold = [int(label) for _, _, label in rows[1:]]
     right = sum(row["prediction"] == label for row, label in zip(predictions, gold, strict=True))
     assert right / 5 == scores["tasks"]["mood"]["accuracy"]
     blank = tiny.parent / "blank.tsv"
     blank.write_text("id\tsentence\na\tbam\nb\t \n")
-    to = ["--out", str(tiny.parent / "some.csv")]
+    to = ["--out", str(tiny.parent / "some.csv"), "--overwrite"]
     assert "blank.tsv:3: sentence is blank" in refused(capsys, "predict", run, "--task", "mood", blank, *to)
     assert main(["predict", str(run), "--task", "mood", str(blank), *to, "tasks.mood.bad_rows=skip"]) == 0
     assert "1 rows have no prediction, the first is" in capsys.readouterr().err
@@ -148,6 +210,70 @@ def test_from_training_to_predictions(tiny: Path, capsys: pytest.CaptureFixture[
     )
 
 
+def test_predictions(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["train", str(tiny), "steps=1"]) == 0
+    capsys.readouterr()
+    run, out, file = tiny.parent / "run", tiny.parent / "out.csv", tiny.parent / "mood-dev.tsv"
+    command = ["predict", str(run), "--task", "mood", str(file), "--out", str(out)]
+    assert main(command) == 0
+    named = out.read_text()
+    capsys.readouterr()
+    # What is there is not replaced unless that is asked for.
+    assert refused(capsys, *command) == (
+        f"--out is {out}, which is there already; replace it with --overwrite, or choose another\n"
+    )
+    assert main([*command, "--overwrite", "--out-format", "cs224n"]) == 0
+    assert out.read_text() == named.replace(",", ", ").replace("id, prediction", "id, Predicted_Label")
+    assert main([*command[:-1], "/dev/null"]) == 0
+
+    # Without the id column the rows go by their lines.
+    for suffix, nameless in (
+        ("tsv", "".join(line.partition("\t")[2] + "\n" for line in file.read_text().splitlines())),
+        (
+            "jsonl",
+            "".join(json.dumps({"sentence": row.split("\t")[1]}) + "\n" for row in file.read_text().splitlines()[1:]),
+        ),
+    ):
+        other = tiny.parent / f"nameless.{suffix}"
+        other.write_text(nameless)
+        capsys.readouterr()
+        assert main(["predict", str(run), "--task", "mood", str(other), "--out", str(out), "--overwrite"]) == 0
+        assert capsys.readouterr().err == f"{other} has no column 'id': its rows go by their line numbers\n"
+        first = 2 if suffix == "tsv" else 1
+        expected = [f"{first + i},{line.partition(',')[2]}" for i, line in enumerate(named.splitlines()[1:])]
+        assert out.read_text().splitlines()[1:] == expected
+    (tiny.parent / "twice.tsv").write_text("id\tid\tsentence\na\tb\tbam\n")
+    command[4] = str(tiny.parent / "twice.tsv")
+    assert "has 2 columns named 'id'" in refused(capsys, *command, "--overwrite")
+
+    # Rows for which the model gives no number are left empty and told; if there are no others, nothing is written.
+    forward = MultiTaskModel.forward
+
+    def poisoned(self: MultiTaskModel, task: str, packed: Packed, rows: slice) -> Tensor:
+        raw_NO = forward(self, task, packed)
+        raw_NO[rows] = torch.nan
+        return raw_NO
+
+    command[4] = str(file)
+    monkeypatch.setattr(MultiTaskModel, "forward", partialmethod(poisoned, rows=slice(1)))
+    assert main([*command, "--overwrite"]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"{out}: 4 predictions\n"
+    assert output.err.startswith(f"task 'mood': the model gives no number for 1 of 5 rows, the first is {file}:")
+    assert [line.partition(",")[2] for line in out.read_text().splitlines()].count("") == 1
+    out.unlink()
+    monkeypatch.setattr(MultiTaskModel, "forward", partialmethod(poisoned, rows=slice(None)))
+    assert refused(capsys, *command).endswith(f"for 5 of 5 rows, the first is {file}:2; {out} is not written\n")
+    assert not out.exists()
+
+
+def test_exit_codes(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for error, code in ((UserError("mine"), 2), (KeyboardInterrupt(), 130), (BrokenPipeError(), 0)):
+        monkeypatch.setattr("mtl_dist.cli._train", Mock(side_effect=error))
+        assert main(["train", str(tiny)]) == code
+        assert capsys.readouterr().err == ("mine\n" if code == 2 else "")
+
+
 def test_two_processes_through_accelerate(tiny: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     launch += ["--config_file", str(Path(__file__).parents[1] / "accelerate_configs" / "cpu_2proc.yaml")]
@@ -159,5 +285,7 @@ def test_two_processes_through_accelerate(tiny: Path) -> None:
     assert done.stdout.count("best model") == 1  # only one of them talks
 
     wrong = subprocess.run([*command, "epocs=1"], capture_output=True, text=True, timeout=200, env=environment)
-    assert wrong.returncode != 0
-    assert wrong.stderr.count("override 'epocs=1': the top level has no field 'epocs'; did you mean 'epochs'?") == 1
+    assert wrong.returncode == 1  # whatever its processes ended with, which was 2
+    said = "override 'epocs=1': the top level has no field 'epocs'; did you mean 'epochs'?"
+    assert wrong.stderr.count(said) == 1
+    assert wrong.stderr.index(said) < wrong.stderr.index("exitcode: 2") < wrong.stderr.index("Traceback")

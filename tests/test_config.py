@@ -14,7 +14,16 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ConfigDict, Field, FiniteFloat, PositiveFloat, computed_field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveFloat,
+    computed_field,
+    field_validator,
+    model_validator,
+)
 
 from mtl_dist.config import Config, UserError, dump, load, schema
 
@@ -255,7 +264,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, problem:
          "2: tasks.classification.head.hidden is 'x', not a whole number"),
         ("tasks:\n  SST: {files: x}", "2: tasks.SST is 'SST'; must match pattern '^[a-z]+$'"),
         (SST.replace("data/sst.tsv", "3"), "3: tasks.sst.files is 3, not text"),
-        ("tasks:\n  sst: {files: x, head: regression}", "2: tasks.sst.head is 'regression', not a mapping"),
+        ("tasks:\n  sst: {files: x, head: regresion}", "2: tasks.sst.head is 'regresion'; did you mean 'regression'?"),
+        ("tasks:\n  sst:\n    files: x\n    head: 9x",
+         "4: tasks.sst.head is '9x'; must be one of 'classification', 'regression', 'similarity'"),
+        ("tasks:\n  sst: {files: x, head: 3}", "2: tasks.sst.head is 3, not a mapping"),
         ("tasks: 3", "1: tasks is 3, not a mapping"),
         ("optim: [x]", '1: optim is ["x"], not a mapping'),
         ("optim:\n  warmup: linar", "2: optim.warmup is 'linar'; did you mean 'linear'?"),
@@ -274,7 +286,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, problem:
         ("seed: 1\nlimit: 0", "1: a limit of 0 trains nothing"),
         (f"seed: {'x' * 99}", f"1: seed is '{'x' * 56}..., not a whole number"),
         ('"a\\nb": 1', r"1: the top level has no field 'a\nb'; it has tasks, optim, mixed_precision, seed, sizes, "
-         "limit, resume, lambda, model_name"),
+         "limit, resume, lambda, model_name, extends"),
+        ("extend: base.yaml", "1: the top level has no field 'extend'; did you mean 'extends'?"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_one_line_with_place_value_and_way_out(read: Load, text: str, line: str) -> None:
@@ -324,9 +337,83 @@ def test_an_override_reads_yaml(read: Load) -> None:
 
 
 def test_another_kind_keeps_the_other_fields_as_written(read: Load) -> None:
-    assert complaint(read, SST, "tasks.sst.head.kind=regression") == (
-        "demo.yaml:6: tasks.sst.head has no field 'hidden'; it has kind, regression, span"
+    override = "tasks.sst.head.kind=regression"
+    assert complaint(read, SST, override) == (
+        f"override '{override}': tasks.sst.head has no field 'hidden'; it has kind, regression, span"
     )
+
+
+def test_null_takes_away_an_entry_of_a_mapping(read: Load) -> None:
+    two = SST + "  sts: {files: x}\n"
+    assert list(read(two, "tasks.sst=null").tasks) == ["sts"]
+    assert read(two, "tasks.sst=null", "tasks.sst.files=y").tasks["sst"] == Task(files=Path("y"))
+    assert complaint(read, two, "tasks.sstt=null") == (
+        "override 'tasks.sstt=null': tasks has no 'sstt' to take away; did you mean 'sst'?"
+    )
+
+
+def test_null_is_a_value_where_it_may_stand_and_else_leaves_the_default(read: Load) -> None:
+    assert read("model_name: mine", "model_name=null").model_name is None
+    assert read(SST, "tasks.sst.head=null").tasks["sst"].head is None
+    assert read("seed: 3\noptim: {warmup: cosine}", "seed=null", "optim=null") == Experiment()
+    assert read("sede: 3", "sede=null") == Experiment()
+    assert complaint(read, "", "seed=null") == "override 'seed=null': seed is null, not a whole number"
+    assert complaint(read, SST, "tasks.sst.files=null") == (
+        "override 'tasks.sst.files=null': tasks.sst.files is missing"
+    )
+
+
+def test_a_misfit_is_the_overrides_that_brought_it(read: Load) -> None:
+    assert (
+        complaint(read, "limit: 3", "seed=1", "limit=0", "seed=2") == "override 'limit=0': a limit of 0 trains nothing"
+    )
+    span = "tasks:\n  sts:\n    files: x\n    head: {kind: similarity}\n"
+    assert complaint(read, span, "seed=1", "tasks.sts.head.span=[5, 0]").startswith(
+        "override 'tasks.sts.head.span=[5, 0]':"
+    )
+    # Wrong before: the file's, whatever was overridden besides.
+    assert complaint(read, "seed: 1\nlimit: 0", "seed=2") == "demo.yaml:1: a limit of 0 trains nothing"
+    # What was not asked before an override mended the rest is not what the override brought.
+    assert complaint(read, "seed: x\nlimit: 0", "seed=2") == "demo.yaml:1: a limit of 0 trains nothing"
+
+
+# Kinds alone
+
+
+def test_a_bare_kind_is_a_mapping_with_that_kind(read: Load) -> None:
+    bare = "tasks:\n  sts: {files: x, head: similarity}\n"
+    assert read(bare).tasks["sts"].head == Regression(kind="similarity")
+    assert read(bare, "tasks.sts.head.regression=2").tasks["sts"].head == Regression(kind="similarity", regression=2)
+    assert read(SST, "tasks.sst.head=regression").tasks["sst"].head == Regression(kind="regression")
+    assert read(SST, "tasks={a: {files: x, head: classification}}").tasks["a"].head == Classification()
+
+
+def test_a_wrong_kind_is_one_line_wherever_it_stands(read: Load) -> None:
+    assert complaint(read, SST, "tasks.sst.head=regresion") == (
+        "override 'tasks.sst.head=regresion': tasks.sst.head is 'regresion'; did you mean 'regression'?"
+    )
+    bare = "tasks:\n  sts:\n    files: x\n    head: similarity\n"
+    assert complaint(read, bare, "tasks.sts.head.kind=silimarity") == (
+        "override 'tasks.sts.head.kind=silimarity': tasks.sts.head.kind is 'silimarity'; did you mean 'similarity'?"
+    )
+
+
+def test_a_text_stays_a_text_where_one_may_stand(tmp_path: Path) -> None:
+    def read_in(text: Any) -> Any:
+        return {"kind": "similarity", "regression": 7} if text == "seven" else text
+
+    class Other(Config):
+        text_or_head: str | Classification | Regression
+        own: Annotated[Classification | Regression, Field(discriminator="kind"), BeforeValidator(read_in)] | None = None
+        heads: list[Annotated[Classification | Regression, Field(discriminator="kind")]] = Field([])
+
+    (tmp_path / "x.yaml").write_text(
+        "text_or_head: classification\nown: seven\nheads: [similarity, {kind: regression}]"
+    )
+    other = load(Other, tmp_path / "x.yaml")
+    assert other.text_or_head == "classification"
+    assert other.own == Regression(kind="similarity", regression=7)
+    assert other.heads == [Regression(kind="similarity"), Regression(kind="regression")]
 
 
 @pytest.mark.parametrize(
@@ -345,6 +432,7 @@ def test_another_kind_keeps_the_other_fields_as_written(read: Load) -> None:
          "tasks.sst.head has no field 'hidden'; it has kind, regression, span"),
         ("optim.rules.1.lr=fast", "optim.rules[1].lr is 'fast', not a number"),
         ("a" + ".a" * 200 + "=1", "nested more than 99 levels deep"),
+        ("extends=b.yaml", "a file extends another one, an override does not; write it into the file"),
     ],
 )  # fmt: skip
 def test_a_wrong_override_is_quoted(read: Load, override: str, problem: str) -> None:
@@ -387,6 +475,16 @@ def test_another_kind_and_a_list_replace_what_is_below(read: Load) -> None:
     config = over(read, "tasks: {sts: {head: {kind: regression}}}\noptim: {rules: [{match: x}]}")
     assert config.tasks["sts"].head == Regression(kind="regression")
     assert config.optim.rules == (Rule(match="x"),)
+
+
+def test_bare_kinds_are_laid_over_each_other_as_mappings(read: Load) -> None:
+    assert over(read, "tasks: {sts: {head: similarity}}").tasks["sts"].head == Regression(
+        kind="similarity", regression=3
+    )
+    assert over(read, "tasks: {sts: {head: classification}}").tasks["sts"].head == Classification()
+    bare = "tasks: {sts: {files: x, head: similarity}}"
+    changed = over(read, "tasks: {sts: {head: {regression: 4}}}", base=bare)
+    assert changed.tasks["sts"].head == Regression(kind="similarity", regression=4)
 
 
 def test_null_takes_away_what_is_below(read: Load) -> None:
@@ -437,7 +535,7 @@ def test_a_base_lies_beside_its_file(read: Load) -> None:
     assert load(Experiment, Path("below/top.yaml")).model_name == "deep"
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(
     name=TEXT,
     limit=st.floats(allow_nan=False).filter(bool),
@@ -484,6 +582,13 @@ def test_dump_keeps_order_infinities_and_nulls_but_nothing_computed() -> None:
         "model_name: null",
     ]
     assert "limit: .nan" in dump(Experiment(limit=math.nan))
+
+
+def test_schema_takes_bare_kinds() -> None:
+    head, _ = schema(Experiment)["$defs"]["Task"]["properties"]["head"]["anyOf"]
+    bare, by_kind = head["anyOf"]
+    assert bare == {"enum": ["classification", "regression", "similarity"]}
+    assert len(by_kind["oneOf"]) == 2
 
 
 def test_schema_names_its_dialect_and_closes_every_model() -> None:

@@ -185,6 +185,7 @@ def test_the_command_that_fits(
     if gpus:
         with_gpus(monkeypatch, *gpus)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(threads)), raising=False)
+    monkeypatch.chdir(Path(__file__).parents[1])
     command = facts().start
     if start is None:
         assert command == "mtl-dist train CONFIG"
@@ -193,11 +194,39 @@ def test_the_command_that_fits(
         assert (Path(__file__).parents[1] / command.split()[3]).exists()
 
 
+def test_away_from_the_project_the_launch_file_is_named_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = facts().start.split()
+    assert Path(command[3]).is_absolute() and Path(command[3]).exists()
+    assert facts().launch_files == str(Path(__file__).parents[1] / "accelerate_configs")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options"),
+    [
+        ([], "--multi_gpu --num_processes 2 --mixed_precision no"),
+        ([H100], "--num_processes 1 --mixed_precision bf16"),
+        ([V100] * 3, "--multi_gpu --num_processes 3 --mixed_precision fp16"),
+    ],
+)
+def test_without_launch_files_the_command_needs_none(
+    gpus: list[SimpleNamespace], options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpus:
+        with_gpus(monkeypatch, *gpus)
+    monkeypatch.setattr(doctor, "LAUNCH_FILES", tmp_path / "accelerate_configs")
+    found = facts()
+    assert found.start == f"accelerate launch {options} -m mtl_dist train CONFIG"
+    assert found.launch_files.startswith("no: ")
+    assert screen(found, 80).endswith(f"  accelerate launch {options} \\\n    -m mtl_dist train CONFIG\n")
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_screen_shows_every_fact(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, H100, V100)
     without(monkeypatch, "deepspeed")
     monkeypatch.setenv("SLURM_JOB_ID", "71")
+    monkeypatch.chdir(Path(__file__).parents[1])
     found = facts()
     shown = screen(found, width)
     assert max(map(len, shown.splitlines())) <= width

@@ -4,7 +4,7 @@ python -m pytest tests/test_experiment.py
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import yaml
 from tokenizers import Tokenizer
 
 from mtl_dist.config import UserError, dump, load, schema
+from mtl_dist.data.read import File
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 
@@ -59,6 +60,67 @@ def test_dump_then_load_is_the_same_experiment(read: Read) -> None:
         assert load(Experiment, Path("dumped.yaml")) == config
 
 
+def test_a_bare_kind_will_do_wherever_kinds_stand(read: Read) -> None:
+    config = read(
+        "mixer=uniform",
+        "optim.schedule=linear",
+        "gradients.combiner=dwa",
+        "tasks.mine.head=mlp",
+        "tasks.mine.loss=mse",
+        "tasks.mine.label=regression",
+        "stages=[{mixer: joint, schedule: cosine, gradients: {combiner: pcgrad}}, {trains: heads}]",
+    )
+    mine, (first, second) = config.tasks["mine"], config.all_stages()
+    assert (mine.head.kind, mine.loss.kind, mine.label.kind) == ("mlp", "mse", "regression")
+    assert (first.mixer.kind, first.optim.schedule.kind, first.gradients.combiner.kind) == ("joint", "cosine", "pcgrad")
+    assert (second.mixer.kind, second.optim.schedule.kind) == ("uniform", "linear")
+    assert second.gradients.combiner.kind == "dwa"
+    assert complaint(lambda: read("mixer=jont")) == "override 'mixer=jont': mixer is 'jont'; did you mean 'joint'?"
+
+
+def test_a_text_is_the_path_of_a_source_and_not_its_kind(read: Read) -> None:
+    config = read("tasks.mine.train=hub", "tasks.mine.dev=file")
+    assert (config.source("mine", "train"), config.source("mine", "dev")) == (File(path="hub"), File(path="file"))
+
+
+def any_ofs(part: Any) -> Iterator[list[Any]]:
+    if isinstance(part, dict) and "anyOf" in part:
+        yield part["anyOf"]
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        yield from any_ofs(inner)
+
+
+def test_the_schema_takes_every_kind_that_needs_nothing_else() -> None:
+    document = schema(Experiment)
+    unions = [options for options in any_ofs(document) if "discriminator" in options[-1]]
+    assert len(unions) == json.dumps(document).count('"discriminator"') == 8
+    heads = next(bare["enum"] for bare, by_kind in unions if "sbert" in by_kind["discriminator"]["mapping"])
+    assert sorted(heads) == ["concat", "cosine", "cross_encoder", "linear", "mlp", "sbert"]  # the other needs widths
+
+
+def test_null_takes_a_task_away(read: Read) -> None:
+    second = "tasks.two={preset: sst, dev: null}"
+    assert list(read(second, "tasks.mine=null").tasks) == ["two"]
+    assert read(second, "tasks.two.columns.id=null").tasks["two"].columns.id is None
+    assert read(second, "tasks.two.test=null").source("two", "test") is None
+    assert read("epochs=3", "epochs=null", "steps=5").steps == 5
+    assert complaint(lambda: read("tasks.mime=null")) == (
+        "override 'tasks.mime=null': tasks has no 'mime' to take away; did you mean 'mine'?"
+    )
+    assert complaint(lambda: read("tasks.mine=null")).startswith("override 'tasks.mine=null': tasks is {}; must have")
+
+
+def test_a_misfit_of_an_override_points_at_it(read: Read) -> None:
+    assert complaint(lambda: read("seed=1", "tasks.mine.head=sbert", "epochs=2")) == (
+        "override 'tasks.mine.head=sbert': tasks.mine: head sbert reads 2 sentence(s), columns.sentences names 1"
+    )
+    Path("x.yaml").write_text(BASE + "epochs: 3\nstages: [{name: a, tasks: [mine]}]\n")
+    assert complaint(lambda: read("steps=5")).startswith("override 'steps=5': epochs (3) and steps (5) are both given")
+    assert complaint(lambda: read("tasks.two={preset: sst}", "tasks.mine=null")).startswith(
+        "override 'tasks.mine=null': stages[0].tasks: there is no task 'mine'"
+    )
+
+
 @pytest.mark.parametrize("name", ["a", "SST-5", "my_task2"])
 def test_a_name_for_a_task(read: Read, name: str) -> None:
     task = yaml.safe_load(BASE)["tasks"]["mine"]
@@ -80,7 +142,7 @@ def test_a_name_that_modules_need_themselves(read: Read, name: str) -> None:
 
 
 def test_the_best_model_needs_a_score(read: Read) -> None:
-    assert read("evaluate.best_by=mine", "tasks.mine.dev=x.tsv").evaluate.best_by == "mine"
+    assert read("evaluate.best_by=mine", "tasks.mine.dev=y.tsv").evaluate.best_by == "mine"
     assert read("evaluate.best_by=overall_b").evaluate.best_by == "overall_b"
     for choice in ("mine", "sst"):  # one has no dev set, one is not there
         assert complaint(lambda choice=choice: read(f"evaluate.best_by={choice}")) == (  # type: ignore[misc]
@@ -175,7 +237,7 @@ def test_bad_rows_are_refused_or_skipped(read: Read, tokenizer: Tokenizer) -> No
 def test_a_task_needs_a_row(read: Read, tokenizer: Tokenizer, labels: list[int], hint: str) -> None:
     write_rows("x.tsv", labels)
     assert complaint(lambda: read().open_split("mine", "train", tokenizer)) == (
-        f"x.tsv: no usable row for task 'mine', train{hint}"
+        f"x.yaml:6: tasks.mine.train: x.tsv has no usable row{hint}"
     )
 
 

@@ -46,6 +46,16 @@ def test_label_metrics_by_hand() -> None:
     assert confusion_matrix(pred, gold, 3).tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
 
 
+def test_a_prediction_that_is_no_number_is_wrong() -> None:
+    pred, gold = [np.nan, 1, 1, np.nan], [0, 0, 1, 1]
+    assert accuracy(pred, gold) == 0.25
+    # Class 0: none of two found. Class 1: one of two predicted, one of two found.
+    assert macro_f1(pred, gold, 2) == pytest.approx((0 + 1 / 2) / 2)
+    assert confusion_matrix(pred, gold, 2).tolist() == [[0, 1], [0, 1]]
+    assert evaluate("regression", pred, gold) == {"pearson": None, "spearman": None, "mse": None}
+    assert evaluate("binary", [np.nan] * 2, [0, 1]) == {"accuracy": 0.0, "macro_f1": 0.0}
+
+
 def test_correlations_by_hand() -> None:
     # Centred: (-1, 0, 1) and (-2, -1, 3), so r = 5 / sqrt(2 * 14).
     assert pearson([1, 2, 3], [0, 1, 5]) == pytest.approx(5 / 28**0.5)

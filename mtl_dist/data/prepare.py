@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mtl_dist.config import UserError
-from mtl_dist.data.read import BadRow, Example, File, Row, Source, fingerprint, name_of, place, read_rows
+from mtl_dist.data.read import BadRow, Example, File, Row, Source, SourceError, fingerprint, name_of, place, read_rows
 from mtl_dist.data.tokenizer import Encoded, encode, encode_in_worker, start_worker
 from mtl_dist.files import faults, write_sums
 
@@ -251,11 +251,12 @@ def refuse_unusable(
     if bad and not reading.skip_bad:
         lines = [f"{place(source, row.line)}: {row.message} ({whose})" for row in bad[:shown]]
         if len(bad) > shown:
-            lines.append(f"... and {len(bad) - shown} more such rows; bad_rows: skip trains without them")
+            way_out = "; bad_rows: skip trains without them" if usable else "; not one row can be used"
+            lines.append(f"... and {len(bad) - shown} more such rows{way_out}")
         raise UserError("\n".join(lines))
     if not usable:
         hint = "; bad_rows: error tells why" if bad else ""
-        raise UserError(f"{name_of(source)}: no usable row for {whose}{hint}")
+        raise SourceError(f"{name_of(source)} has no usable row{hint}")
 
 
 def _write(

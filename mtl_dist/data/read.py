@@ -1,12 +1,13 @@
 """Reads the rows of a CSV, TSV, JSONL or Parquet file, or of a hub dataset, one at a time and each with its line.
 
 A row that cannot be read is yielded as a `BadRow`, so that one run reports them all; what no row survives (a missing
-file or column) is a `UserError`. What the values mean is not known here.
+file or column) is a `SourceError`. What the values mean is not known here.
 """
 
 import codecs
 import hashlib
 import json
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,14 @@ Source = Annotated[
 ]
 
 
+class SourceError(UserError):
+    """What no row of a source survives; says which file, but not for which task it was read."""
+
+
+class NoColumnError(SourceError):
+    """A source without a column that was asked for."""
+
+
 @dataclass(slots=True, frozen=True)
 class Row:
     """The wanted columns of one row; `line` counts physical lines from 1 (Parquet and hub: rows from 1)."""
@@ -98,7 +107,7 @@ def read_rows(source: Source, *, columns: Sequence[str]) -> Iterator[Row | BadRo
         with _opened(source.path) as file:
             start = file.read(len(codecs.BOM_UTF8))
             if not start:
-                raise UserError(f"{source.path} is empty")
+                raise SourceError(f"{source.path} is empty")
             if start != codecs.BOM_UTF8:
                 file.seek(0)
             if format == "jsonl":
@@ -129,32 +138,39 @@ def name_of(source: Source) -> str:
     return f"hub:{source.name}{subset}[{source.split}]"
 
 
+def is_same(one: Source, other: Source) -> bool:
+    """Whether two sources are the same rows, under whatever path."""
+    if isinstance(one, File) and isinstance(other, File):
+        return os.path.realpath(one.path) == os.path.realpath(other.path)
+    return one == other
+
+
 def _format(source: File) -> Format:
     match source.format or source.path.suffix.lower().removeprefix("."):
         case "csv" | "tsv" | "jsonl" | "parquet" as format:
             return format
         case "ndjson":
             return "jsonl"
-    raise UserError(f"{source.path}: unknown suffix {source.path.suffix!r}; set format: csv, tsv, jsonl or parquet")
+    raise SourceError(f"{source.path}: unknown suffix {source.path.suffix!r}; set format: csv, tsv, jsonl or parquet")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
     try:
         if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
-            raise UserError(f"cannot read {path}: not a file")
+            raise SourceError(f"cannot read {path}: not a file")
         with path.open("rb") as file:
             yield file
     except OSError as error:
-        raise UserError(f"cannot read {path.absolute()}: {error.strerror}") from error
+        raise SourceError(f"cannot read {path.absolute()}: {error.strerror}") from error
 
 
 def _check_columns(where: str, names: list[str], columns: list[str]) -> None:
     for column in columns:
         if column not in names:
-            raise UserError(f"{where} {_no_column(column, names)}")
+            raise NoColumnError(f"{where} {_no_column(column, names)}")
         if names.count(column) > 1:
-            raise UserError(f"{where} has {names.count(column)} columns named {column!r}; rename all but one")
+            raise SourceError(f"{where} has {names.count(column)} columns named {column!r}; rename all but one")
 
 
 def _no_column(column: str, names: list[str]) -> str:
@@ -185,13 +201,13 @@ def _csv_rows(file: BufferedReader, path: Path, format: Format, columns: list[st
     records = _csv_records(file, DELIMITERS[format])
     header = next(records, None)
     if header is None:
-        raise UserError(f"{path} is empty")
+        raise SourceError(f"{path} is empty")
     if isinstance(header, BadRow):
-        raise UserError(f"{path}:{header.line}: cannot read the header: {header.message}")
+        raise SourceError(f"{path}:{header.line}: cannot read the header: {header.message}")
     _, names = header
     other: Format = "tsv" if format == "csv" else "csv"
     if len(names) == 1 and names != columns and DELIMITERS[other] in names[0]:
-        raise UserError(f"{path} looks like {other}, not {format}; set format: {other}")
+        raise SourceError(f"{path} looks like {other}, not {format}; set format: {other}")
     _check_columns(str(path), names, columns)
     positions = [(column, names.index(column)) for column in columns]
     for record in records:
@@ -308,7 +324,7 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[Row]:
                 yield Row(line, fields)
         # Arrow reports a broken file as any of these, and Python a date that it cannot have.
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-            raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+            raise SourceError(f"cannot read {path}: {_one_line(error)}") from error
 
 
 def _hub_rows(source: Hub, columns: list[str]) -> Iterator[Row]:
@@ -324,7 +340,7 @@ def _load_hub(source: Hub) -> Any:
     try:
         return load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
     except Exception as error:  # no network, no such name, no such split: each comes as a type of its own
-        raise UserError(
+        raise SourceError(
             f"cannot load {name_of(source)}: {_one_line(error).rstrip('.')}. Check name, subset and split; without a "
             "network use a file, or load it once with HF_HUB_OFFLINE=0 so that it is in the cache"
         ) from error

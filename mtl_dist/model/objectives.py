@@ -41,8 +41,7 @@ class Classification(LabelConfig):
             raise ValueError("needs either num_classes or names")
         if self.classes < 2:
             raise ValueError(f"needs at least 2 classes, not {self.classes}")
-        if self.names is not None and len(set(self.names)) < len(self.names):
-            raise ValueError(f"names a class twice: {', '.join(self.names)}")
+        _refuse_twice(self.names)
         return self
 
     @property
@@ -50,22 +49,26 @@ class Classification(LabelConfig):
         return self.num_classes or len(self.names or [])
 
     def parse(self, value: object) -> float:
-        # A hub's class labels come as numbers even where they have names.
-        if self.names is not None and isinstance(value, str) and (name := value.strip()):
-            if name not in self.names:
-                raise ValueError(f"is {reprlib.repr(name)}, none of {', '.join(self.names)}")
-            return float(self.names.index(name))
-        return _class_number(value, self.classes)
+        return _class_of(value, self.classes, self.names, "{kind: classification, names: [...]}")
 
 
 class Binary(LabelConfig):
-    """No or yes, written 0 or 1."""
+    """No or yes: written 0 or 1, or as one of the two names."""
 
     kind: Literal["binary"]
+    names: list[str] | None = None  # of no, then of yes
     classes: ClassVar[int] = 2
 
+    @model_validator(mode="after")
+    def _two_names(self) -> "Binary":
+        if self.names is not None and len(self.names) != 2:
+            raise ValueError(f"needs two names, first that of no, not {len(self.names)}")
+        _refuse_twice(self.names)
+        return self
+
     def parse(self, value: object) -> float:
-        return _class_number(int(value) if isinstance(value, bool) else value, 2)
+        number = int(value) if isinstance(value, bool) else value
+        return _class_of(number, 2, self.names, "{kind: binary, names: [no, yes]}")
 
 
 class Regression(LabelConfig):
@@ -106,8 +109,22 @@ def _number(value: object) -> float:
         raise ValueError(f"is {shown}") from None
 
 
-def _class_number(value: object, classes: int) -> float:
-    number = _number(value)
+def _refuse_twice(names: list[str] | None) -> None:
+    if names is not None and len(set(names)) < len(names):
+        raise ValueError(f"names a class twice: {', '.join(names)}")
+
+
+def _class_of(value: object, classes: int, names: list[str] | None, label_with_names: str) -> float:
+    # A hub's class labels come as numbers even where they have names.
+    if names is not None and isinstance(value, str) and (name := value.strip()):
+        if name not in names:
+            raise ValueError(f"is {reprlib.repr(name)}, none of {', '.join(names)}")
+        return float(names.index(name))
+    try:
+        number = _number(value)
+    except ValueError as error:
+        words = isinstance(value, str) and any(map(str.isalpha, value))
+        raise ValueError(f"{error}; for words say label: {label_with_names}" if words else str(error)) from None
     # '1.0' is how pandas writes a whole number; 1.5 is no class.
     if not (number.is_integer() and 0 <= number < classes):
         raise ValueError(f"is {str(value).strip()}, none of the classes 0 to {classes - 1}")

@@ -1,10 +1,12 @@
 """A finished run's best model at work: scores of its dev or test sets, labels for the rows of a file."""
 
+import csv
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import numpy as np
 from accelerate import Accelerator
@@ -13,40 +15,61 @@ from tokenizers import Tokenizer
 
 from mtl_dist.config import UserError, refusing
 from mtl_dist.data.prepare import Split
-from mtl_dist.data.read import File, Format
+from mtl_dist.data.read import DELIMITERS, File, Format, NoColumnError, Row, SourceError, place, read_rows
 from mtl_dist.distributed import first_then_others, on_one, processes
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import BEST, MultiTaskModel, load_model
-from mtl_dist.model.objectives import Classification, Regression
+from mtl_dist.model.objectives import Regression
 from mtl_dist.tasks import SplitName, TaskConfig
-from mtl_dist.training.scores import Scores, predict, score_all
+from mtl_dist.training.scores import Scores, predict, score_all, without_number
+
+Written = Literal["csv", "tsv", "jsonl", "cs224n"]  # how predictions are; the last is `id, Predicted_Label`
 
 
-def shown(task: TaskConfig, value: float) -> str | int | float:
-    """A prediction or label as the task's files write it."""
+def shown(task: TaskConfig, value: float) -> str | int | float | None:
+    """A prediction or label as the task's files write it; nothing where the model gave no number."""
+    if math.isnan(value):
+        return None
     if isinstance(task.label, Regression):
         return round(float(value), 6)
-    if isinstance(task.label, Classification) and task.label.names is not None:
+    if task.label.names is not None:
         return task.label.names[int(value)]
     return int(value)
 
 
 def _opened_anew(path: Path) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w", encoding="utf-8")
+    return path.open("w", encoding="utf-8", newline="")
 
 
-def write_predictions(path: Path, task: TaskConfig, split: Split, predictions: NDArray[np.float64]) -> None:
-    """One line per row: JSON where the file's name ends in .jsonl, else the CS224N form `id, Predicted_Label`."""
+def written_by_suffix(path: Path) -> Written:
+    """How predictions are written to a file of this name."""
+    match path.suffix.lower():
+        case ".jsonl" | ".ndjson":
+            return "jsonl"
+        case ".tsv":
+            return "tsv"
+    return "csv"
+
+
+def write_predictions(
+    path: Path, task: TaskConfig, split: Split, predictions: NDArray[np.float64], written: Written | None = None
+) -> None:
+    """A line for each row, under a header but in JSON; a label that is not there is empty, or null."""
+    written = written or written_by_suffix(path)
+    # A line break in a name would make two lines.
+    rows = [(" ".join(split.id(row).split()), shown(task, value)) for row, value in enumerate(predictions)]
     with refusing(f"cannot write {path}"), _opened_anew(path) as file:
-        if path.suffix != ".jsonl":
-            file.write("id, Predicted_Label\n")
-        for row, value in enumerate(predictions):
-            name, label = " ".join(split.id(row).split()), shown(task, value)  # a line break would make two lines
-            if path.suffix == ".jsonl":
+        if written == "jsonl":
+            for row, (name, label) in enumerate(rows):
                 file.write(json.dumps({"id": name, "line": split.line(row), "prediction": label}) + "\n")
-            else:
-                file.write(f"{name}, {label}\n")
+        elif written == "cs224n":
+            file.write("id, Predicted_Label\n")
+            file.writelines(f"{name}, {'' if label is None else label}\n" for name, label in rows)
+        else:
+            csv.writer(file, delimiter=DELIMITERS[written], lineterminator="\n").writerows(
+                [("id", "prediction"), *rows]
+            )
 
 
 @contextmanager
@@ -71,18 +94,55 @@ def evaluate_run(config: Experiment, folder: Path, split_name: SplitName) -> Sco
         return score_all(accelerator, model, config.tasks, splits, config.evaluate.max_tokens)
 
 
-def predict_file(config: Experiment, folder: Path, name: str, path: Path, format: Format | None, out: Path) -> Split:
-    """Writes a task's predictions for the rows of a file, whose labels are not looked at; returns what was read."""
+def predict_file(
+    config: Experiment,
+    folder: Path,
+    name: str,
+    path: Path,
+    out: Path,
+    format: Format | None = None,
+    written: Written | None = None,
+    overwrite: bool = False,
+) -> tuple[int, list[str]]:
+    """Writes a task's predictions for the rows of a file, whose labels are not looked at.
+
+    Returns how many rows have one, and what a user should know of the others.
+    """
     if out.resolve() == path.resolve():
         raise UserError(f"--out is {out}, the file to read; choose another")
+    if out.is_file() and not overwrite:
+        raise UserError(f"--out is {out}, which is there already; replace it with --overwrite, or choose another")
     if name not in config.tasks:
         raise UserError(f"{folder} has no task '{name}'; it has {', '.join(config.tasks)}")
     task = config.tasks[name]
     # A file of an unknown suffix, or a .csv full of tabs, is read as the task's own files are.
     own = task.train.format if isinstance(task.train, File) and task.train.path.suffix == path.suffix else None
     source = File(path=path, format=format or own)
+    remarks = []
     with best_of(config, folder) as (accelerator, model, tokenizer):
+        if (id := task.columns.id) is not None and not _has_column(source, id):
+            remarks.append(f"{path} has no column {id!r}: its rows go by their line numbers")
+            columns = task.columns.model_copy(update={"id": None})
+            tasks = config.tasks | {name: task.model_copy(update={"columns": columns})}
+            config = config.model_copy(update={"tasks": tasks})
         split = first_then_others(accelerator, lambda: config.open_source(name, source, tokenizer, labelled=False))
         predictions = predict(accelerator, model, name, task, split, config.evaluate.max_tokens)
-        on_one(accelerator, lambda: write_predictions(out, task, split, predictions))
-        return split
+        if lost := without_number(name, split, predictions):
+            if np.isnan(predictions).all():
+                raise UserError(f"{lost}; {out} is not written")
+            remarks.append(f"{lost}; their labels are left empty")
+        for bad in split.rejected()[:1]:
+            first = f"{place(source, bad.line)}: {bad.message}"
+            remarks.append(f"{split.num_rejected:,} rows have no prediction, the first is {first}")
+        on_one(accelerator, lambda: write_predictions(out, task, split, predictions, written))
+        return int(np.isfinite(predictions).sum()), remarks
+
+
+def _has_column(source: File, column: str) -> bool:
+    """Whether any row has the column, or the file has other faults, which whoever reads it tells."""
+    try:
+        return any(isinstance(row, Row) for row in read_rows(source, columns=[column]))
+    except NoColumnError:
+        return False
+    except SourceError:
+        return True

@@ -1,5 +1,6 @@
 """Predictions and dev scores, computed by all ranks together: every row once, whatever the number of ranks."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from mtl_dist import metrics
 from mtl_dist.data.batches import eval_batches
 from mtl_dist.data.prepare import Split
+from mtl_dist.data.read import place
 from mtl_dist.distributed import autocast
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
@@ -20,6 +22,8 @@ from mtl_dist.model.objectives import Regression
 from mtl_dist.tasks import Metric, TaskConfig
 
 Scores = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -32,7 +36,7 @@ def predict(
     max_tokens: int,
     on_batch: Callable[[], object] = lambda: None,
 ) -> NDArray[np.float64]:
-    """The prediction for each row of a split, in their order, on every rank."""
+    """The prediction for each row of a split, in their order, on every rank; NaN where an output is no number."""
     rank, world = accelerator.process_index, accelerator.num_processes
     was_training = model.training
     model.eval()
@@ -41,7 +45,10 @@ def predict(
         on_batch()
         with autocast(accelerator):
             raw_NO = model(name, batch.packed.to(accelerator.device))
-        predictions[batch.rows] = task.loss.predict(raw_NO, task.label).double().cpu().numpy()
+        # The largest of outputs that are NaN is no class, though argmax names one.
+        numbers_N = raw_NO.isfinite().all(dim=1)
+        predicted_N = task.loss.predict(raw_NO, task.label).double().where(numbers_N, torch.nan)
+        predictions[batch.rows] = predicted_N.cpu().numpy()
     model.train(was_training)
     # Each rank fills in its own rows: none is counted twice, and a rank may have none at all.
     for other, theirs in enumerate(gather_object([predictions[rank::world]])):
@@ -62,7 +69,19 @@ def score_all(
     for name, split in splits.items():
         predictions = predict(accelerator, model, name, tasks[name], split, max_tokens, on_batch)
         scores["tasks"][name] = score(tasks[name], split, predictions)
+        if accelerator.is_main_process and (lost := without_number(name, split, predictions)):
+            regression = isinstance(tasks[name].label, Regression)
+            log.warning("%s; %s", lost, "no correlation is defined" if regression else "they count as wrong")
     return scores | (metrics.overall(main_scores(tasks, scores)) if splits else {})
+
+
+def without_number(name: str, split: Split, predictions: NDArray[np.float64]) -> str | None:
+    """What a user reads of rows for which the model gave no number, if there are any."""
+    rows = np.flatnonzero(np.isnan(predictions))
+    if not len(rows):
+        return None
+    first = place(split.source, split.line(int(rows[0])))
+    return f"task '{name}': the model gives no number for {len(rows):,} of {len(split):,} rows, the first is {first}"
 
 
 def main_scores(tasks: Mapping[str, TaskConfig], scores: Scores) -> dict[str, tuple[Metric, float | None]]:
@@ -83,11 +102,13 @@ def deciding_score(config: Experiment, scores: Scores) -> float:
 def score(task: TaskConfig, split: Split, predictions: NDArray[np.float64]) -> Scores:
     """Every metric that fits the task's label, over the rows that have one."""
     gold = np.array([split.label(row) for row in range(len(split))])
+    lost = int(np.isnan(predictions).sum())
+    rows = {"rows": len(gold), **({"no_number": lost} if lost else {})}
     if isinstance(task.label, Regression):
-        return {"rows": len(gold), **metrics.evaluate("regression", predictions, gold)}
+        return {**rows, **metrics.evaluate("regression", predictions, gold)}
     classes = task.label.classes
     return {
-        "rows": len(gold),
+        **rows,
         **metrics.evaluate(task.label.kind, predictions, gold, classes),
         "confusion": metrics.confusion_matrix(predictions, gold, classes).tolist(),
     }

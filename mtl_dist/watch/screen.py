@@ -132,7 +132,9 @@ class Screen:
 
 
 def shown_score(value: float | None) -> str:
-    """A score as people read it; a correlation with constant predictions has none."""
+    """A score, or a number of rows, as people read it; a correlation with constant predictions has none."""
+    if isinstance(value, int):
+        return f"{value:,}"
     return "undefined" if value is None else f"{value:.4f}"
 
 

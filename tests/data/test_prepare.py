@@ -192,7 +192,10 @@ def test_counting_refuses_what_training_refuses(tmp_path: Path) -> None:
         source.path.write_text("\t".join(FIELDS) + "\n" + "".join(f"{row['id']}\ta\tb\t9\n" for row in rows))
         with pytest.raises(UserError) as caught:
             count_rows("task 'sts', train", task(bad_rows="skip").reading(), source)
-        assert str(caught.value) == f"{source.path}: no usable row for task 'sts', train{hint}"
+        assert str(caught.value) == f"{source.path} has no usable row{hint}"
+    with pytest.raises(UserError) as caught:
+        count_rows("task 'sts', dev", task().reading(), written(tmp_path / "x.jsonl", bad))
+    assert str(caught.value).endswith("\n... and 2 more such rows; not one row can be used")
 
 
 # The cache

@@ -251,6 +251,47 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert faults(all_in(saved)[0]) == []  # step 8 was written anew
 
 
+def said_of(path: Path, code: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What `verify` says of the parts at a path."""
+    assert main(["verify", str(path)]) == code
+    return capsys.readouterr().out.splitlines()
+
+
+def test_any_part_of_a_run_can_be_verified(
+    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder, best, parts = saved.parent, saved.parent / "best", all_in(saved)
+    capsys.readouterr()
+    whole = [f"{path}: whole" for path in (*parts, best)]
+    assert said_of(run_folder, 0, capsys) == whole
+    assert said_of(saved, 0, capsys) == whole[:3]
+    assert said_of(parts[1], 0, capsys) == whole[1:2]
+    assert said_of(best, 0, capsys) == whole[3:]
+    monkeypatch.chdir(parts[1])
+    assert said_of(Path(), 0, capsys) == [".: whole"]
+    damage_flip(parts[1])
+    assert "is damaged" in said_of(parts[1], 2, capsys)[0]
+    assert said_of(best, 0, capsys) == whole[3:]
+    shutil.copytree(best, run_folder.parent / "copy")
+    assert said_of(run_folder.parent / "copy", 0, capsys) == [f"{run_folder.parent / 'copy'}: whole"]
+    for nothing, why in (("best/encoder", "no checkpoints and no best model here"), ("non", "no such folder")):
+        assert main(["verify", str(run_folder / nothing)]) == 2
+        assert capsys.readouterr().err == f"{run_folder / nothing}: {why}\n"
+
+
+def test_hashes_that_were_taken_away_are_told(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best, last = saved.parent / "best", all_in(saved)[0]
+    (best / "sha256sums").unlink()
+    for path in (best, saved.parent):
+        assert said_of(path, 0, capsys)[-1] == (
+            f"{best}: not checked, because sha256sums was taken away; its files are all there"
+        )
+    (best / "encoder" / "config.json").unlink()
+    assert said_of(best, 2, capsys) == [f"{best}: encoder/config.json is missing"]
+    (last / "sha256sums").unlink()  # nobody but a disk takes that one away: nothing goes on from it
+    assert said_of(last, 2, capsys) == [f"{last}: sha256sums is missing"]
+
+
 def test_with_no_whole_checkpoint_nothing_is_trained(tiny: Path, saved: Path) -> None:
     for path in all_in(saved):
         damage_flip(path)

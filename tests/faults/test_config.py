@@ -99,7 +99,11 @@ LONG = "x" * 300 + ".tsv"  # longer than a file's name may be
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (f"tasks.mood.train={LONG}", f"cannot read {{folder}}/{LONG}: File name too long\n"),
+        (
+            f"tasks.mood.train={LONG}",
+            f"override 'tasks.mood.train={LONG}': tasks.mood.train: "
+            f"cannot read {{folder}}/{LONG}: File name too long\n",
+        ),
         (f"encoder.tokenizer={LONG}", f"{LONG}: no such folder here, and the hub did not give it"),
         (f"cache_dir={LONG}", f"cache_dir: cannot write {LONG}/"),
         (f"output_dir={LONG}", f"output_dir: cannot write {LONG}: File name too long\n"),

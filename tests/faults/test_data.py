@@ -257,14 +257,11 @@ def test_tokenising_processes_that_cannot_start_are_no_hang(tmp_path: Path) -> N
 # Few rows, or none
 
 EMPTY: dict[str, tuple[str, str]] = {
-    "empty.tsv": ("", "{path} is empty\n"),
-    "header.tsv": ("id\tsentence\tlabel\n", "{path}: no usable row for task 'mood', {split}\n"),
-    "header.csv": ("id,sentence,label\r\n", "{path}: no usable row for task 'mood', {split}\n"),
-    "blank.jsonl": ("\n\n", "{path}: no usable row for task 'mood', {split}\n"),
-    "bad.tsv": (
-        "id\tsentence\tlabel\na\tbam\t9\n",
-        "{path}: no usable row for task 'mood', {split}; bad_rows: error tells why\n",
-    ),
+    "empty.tsv": ("", "is empty"),
+    "header.tsv": ("id\tsentence\tlabel\n", "has no usable row"),
+    "header.csv": ("id,sentence,label\r\n", "has no usable row"),
+    "blank.jsonl": ("\n\n", "has no usable row"),
+    "bad.tsv": ("id\tsentence\tlabel\na\tbam\t9\n", "has no usable row; bad_rows: error tells why"),
 }
 
 
@@ -275,15 +272,16 @@ def test_no_rows_are_one_line(tiny: Path, capsys: pytest.CaptureFixture[str], na
     path = tiny.parent / name
     path.write_text(content)
     for command in ("validate", "prepare", "train"):
-        said = refused(capsys, command, tiny, f"tasks.mood.{split}={name}", "tasks.mood.bad_rows=skip")
-        assert said == message.format(path=path, split=split)
+        override = f"tasks.mood.{split}={name}"
+        said = refused(capsys, command, tiny, override, "tasks.mood.bad_rows=skip")
+        assert said == f"override '{override}': tasks.mood.{split}: {path} {message}\n"
 
 
 def test_a_parquet_file_without_rows_is_one_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny.parent / "none.parquet"
     pq.write_table(pa.table({name: pa.array([], pa.string()) for name in ("id", "sentence", "label")}), path)
     assert refused(capsys, "train", tiny, f"tasks.mood.train={path}") == (
-        f"{path}: no usable row for task 'mood', train\n"
+        f"override 'tasks.mood.train={path}': tasks.mood.train: {path} has no usable row\n"
     )
 
 

@@ -17,6 +17,7 @@ from mtl_dist.model.objectives import Label, Loss
 CLASSES = {"kind": "classification", "num_classes": 5}
 NAMES = {"kind": "classification", "names": ["bad", "so so", "good"]}
 BINARY = {"kind": "binary"}
+WORDS = {"kind": "binary", "names": ["no", "yes"]}
 SCORE = {"kind": "regression"}  # from 0 to 5
 RATIO = {"kind": "regression", "min": -1, "max": 0.5}
 
@@ -47,6 +48,10 @@ def loss(kind: str, **fields: Any) -> Loss:
         (BINARY, "0.0", 0),
         (BINARY, True, 1),
         (BINARY, False, 0),
+        (WORDS, "no", 0),
+        (WORDS, " yes ", 1),
+        (WORDS, True, 1),
+        (WORDS, 0, 0),
         (SCORE, "0", 0),
         (SCORE, "5", 5),
         (SCORE, " 3.80", 3.8),
@@ -68,7 +73,7 @@ def test_a_label_is_a_number(fields: dict[str, Any], value: object, number: floa
         (CLASSES, "1.5", "is 1.5, none of the classes 0 to 4"),
         (CLASSES, "nan", "is nan, none of the classes 0 to 4"),
         (CLASSES, "inf", "is inf, none of the classes 0 to 4"),
-        (CLASSES, "good", "is 'good', not a number"),
+        (CLASSES, "good", "is 'good', not a number; for words say label: {kind: classification, names: [...]}"),
         (CLASSES, True, "is True, not a number"),
         (CLASSES, "0_1", "is '0_1', not a number"),
         (NAMES, "0", "is '0', none of bad, so so, good"),
@@ -76,7 +81,10 @@ def test_a_label_is_a_number(fields: dict[str, Any], value: object, number: floa
         (NAMES, 3, "is 3, none of the classes 0 to 2"),
         (NAMES, -1, "is -1, none of the classes 0 to 2"),
         (BINARY, "2", "is 2, none of the classes 0 to 1"),
-        (BINARY, "yes", "is 'yes', not a number"),
+        (BINARY, "yes", "is 'yes', not a number; for words say label: {kind: binary, names: [no, yes]}"),
+        (WORDS, "1", "is '1', none of no, yes"),
+        (WORDS, "Yes", "is 'Yes', none of no, yes"),
+        (WORDS, 2, "is 2, none of the classes 0 to 1"),
         (SCORE, " 5.01\n", "is 5.01, outside the range [0, 5]"),
         (SCORE, "-0.1", "is -0.1, outside the range [0, 5]"),
         (SCORE, "nan", "is nan, outside the range [0, 5]"),
@@ -88,7 +96,11 @@ def test_a_label_is_a_number(fields: dict[str, Any], value: object, number: floa
         (SCORE, 40 * "word ", "is 'word word wo...rd word word ', not a number"),  # a shifted column
         (NAMES, 40 * "word ", "is 'word word wo...ord word word', none of bad, so so, good"),
         (RATIO, "0.6", "is 0.6, outside the range [-1, 0.5]"),
-        *((fields, blank, "is blank") for fields in (CLASSES, NAMES, BINARY, SCORE) for blank in ("", " \t", None)),
+        *(
+            (fields, blank, "is blank")
+            for fields in (CLASSES, NAMES, BINARY, WORDS, SCORE)
+            for blank in ("", " \t", None)
+        ),
     ],
 )
 def test_no_other_value_is_a_label(fields: dict[str, Any], value: object, reason: str) -> None:
@@ -105,6 +117,8 @@ def test_no_other_value_is_a_label(fields: dict[str, Any], value: object, reason
         ({"kind": "classification", "num_classes": 1}, "needs at least 2 classes, not 1"),
         ({"kind": "classification", "names": []}, "needs at least 2 classes, not 0"),
         ({"kind": "classification", "names": ["a", "b", "a"]}, "names a class twice: a, b, a"),
+        ({"kind": "binary", "names": ["a", "a"]}, "names a class twice: a, a"),
+        ({"kind": "binary", "names": ["a", "b", "c"]}, "needs two names, first that of no, not 3"),
         (SCORE | {"min": 5}, "is an empty range: min 5, max 5"),
     ],
 )

@@ -1,22 +1,33 @@
 """Scores and prediction files, on predictions given by hand."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
 
 from mtl_dist.config import load
+from mtl_dist.data.packed import Packed
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.tokenizer import load_tokenizer
+from mtl_dist.distributed import processes
 from mtl_dist.experiment import Experiment
+from mtl_dist.model.multitask import MultiTaskModel
+from mtl_dist.model.objectives import Binary, Classification
+from mtl_dist.model.weights import build_encoder
 from mtl_dist.runs.predict import shown, write_predictions
 from mtl_dist.tasks import TaskConfig
-from mtl_dist.training.scores import deciding_score, main_scores, score
+from mtl_dist.training.scores import deciding_score, main_scores, score, score_all
+from mtl_dist.watch.screen import score_table
 
 
-def opened(config: Path, task: str) -> tuple[TaskConfig, Split]:
-    experiment = load(Experiment, config)
+def opened(config: Path, task: str, *overrides: str) -> tuple[TaskConfig, Split]:
+    experiment = load(Experiment, config, overrides)
     split = experiment.open_split(task, "dev", load_tokenizer(experiment.encoder.tokenizer_source))
     assert split is not None
     return experiment.tasks[task], split
@@ -47,18 +58,70 @@ def test_constant_predictions_are_undefined_and_never_the_best(tiny: Path) -> No
     assert deciding_score(load(Experiment, tiny), collapsed) == 0.5
 
 
+def test_what_a_csv_reader_reads_back(tiny: Path, tmp_path: Path) -> None:
+    rows = ["id,sentence,label", '"a, ""b""",bam,0', "c,bat,1"]
+    (tiny.parent / "mood-dev.csv").write_text("\n".join(rows) + "\n")
+    task, split = opened(tiny, "mood", "tasks.mood.dev=mood-dev.csv")
+    named = task.model_copy(update={"label": Classification(kind="classification", names=["so, so", "x"])})
+    for name in ("x.csv", "x.tsv"):
+        write_predictions(tmp_path / name, named, split, np.array([0.0, np.nan]))
+        with (tmp_path / name).open(newline="") as file:
+            read = list(csv.DictReader(file, delimiter="," if name == "x.csv" else "\t"))
+        assert read == [{"id": 'a, "b"', "prediction": "so, so"}, {"id": "c", "prediction": ""}]
+
+
+def test_outputs_that_are_no_numbers_are_counted_and_told(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    experiment = load(Experiment, tiny)
+    tokenizer = load_tokenizer(experiment.encoder.tokenizer_source)
+    splits = {name: experiment.open_split(name, "dev", tokenizer) for name in experiment.tasks}
+    model = MultiTaskModel(build_encoder(experiment.encoder, tokenizer), experiment.tasks)
+    forward = MultiTaskModel.forward
+
+    def poisoned(self: MultiTaskModel, task: str, packed: Packed) -> Tensor:
+        raw_NO = forward(self, task, packed)
+        raw_NO[0, -1] = {"mood": torch.nan, "same": -torch.inf, "near": torch.nan}[task]
+        return raw_NO
+
+    monkeypatch.setattr(MultiTaskModel, "forward", poisoned)
+    with processes(experiment.distributed, "fp32") as accelerator:
+        scores = score_all(accelerator, model, experiment.tasks, splits, max_tokens=8192)
+    for name, values in scores["tasks"].items():
+        assert (values["rows"], values["no_number"]) == (5, 1)
+        if name != "near":
+            assert sum(map(sum, values["confusion"])) == 4
+    assert scores["tasks"]["near"]["pearson"] is None
+    told = [message.partition(" rows, the first is ") for message in caplog.messages]
+    assert [before for before, *_ in told] == [
+        f"task '{name}': the model gives no number for 1 of 5" for name in ("mood", "same", "near")
+    ]
+    assert [after.partition("; ")[2] for *_, after in told] == [
+        "they count as wrong",
+        "they count as wrong",
+        "no correlation is defined",
+    ]
+    console = Console(width=140, file=io.StringIO())
+    console.print(score_table(scores, {name: task.metric for name, task in experiment.tasks.items()}))
+    assert "no_number 1, macro_f1" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_predictions_are_written_in_the_words_of_the_files(tiny: Path, tmp_path: Path) -> None:
     task, split = opened(tiny, "mood")
     named = task.model_copy(
         update={"label": task.label.model_copy(update={"num_classes": None, "names": ["a", "b", "c"]})}
     )
     predictions = np.array([2.0, 0.0, 1.0, 1.0, 2.0])
-    write_predictions(tmp_path / "new" / "plain.csv", task, split, predictions)
-    assert (tmp_path / "new" / "plain.csv").read_text() == (
-        "id, Predicted_Label\nmood0, 2\nmood1, 0\nmood2, 1\nmood3, 1\nmood4, 2\n"
-    )
+    labels = [2, 0, 1, 1, 2]
+    for written, header, between in ((None, "id,prediction", ","), ("tsv", "id\tprediction", "\t"),
+                                     ("cs224n", "id, Predicted_Label", ", ")):  # fmt: skip
+        path = tmp_path / "new" / f"{written}.csv"
+        write_predictions(path, task, split, predictions, written)
+        lines = [f"mood{row}{between}{label}" for row, label in enumerate(labels)]
+        assert path.read_bytes().decode() == "\n".join([header, *lines, ""])
     write_predictions(tmp_path / "named.jsonl", named, split, predictions)
     first = json.loads((tmp_path / "named.jsonl").read_text().splitlines()[0])
     assert first == {"id": "mood0", "line": 2, "prediction": "c"}
+    assert shown(task.model_copy(update={"label": Binary(kind="binary", names=["no", "yes"])}), 1.0) == "yes"
     assert shown(opened(tiny, "near")[0], 3.14159265) == 3.141593
     assert shown(opened(tiny, "same")[0], 1.0) == 1

@@ -3,6 +3,7 @@
 Whatever was asked for and is not there (processes, CUDA, a precision, an engine) is an error, never a quiet fallback.
 """
 
+import ctypes
 import faulthandler
 import gc
 import os
@@ -31,13 +32,20 @@ from accelerate.utils import (
     str_to_bool,
 )
 from pydantic import Field, PositiveInt
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import (
+    PrefixStore,
+    Store,
+    _abort_process_group,
+    _get_default_store,
+    _world,
+)
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from mtl_dist.config import Config, UserError, differences
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
+PATIENCE_S = 5  # with the others, of a process that ends with an error
 
 
 class DistributedConfig(Config):
@@ -54,13 +62,31 @@ def processes(config: DistributedConfig, precision: Precision | None) -> Iterato
     accelerator = start(config, precision)
     try:
         yield accelerator
-    finally:
+    except BaseException as error:
+        _leave_at_once(orderly=isinstance(error, UserError))  # which most often all of them have
+        raise
+    else:
         # Models first: gloo sometimes aborts at exit while DDP still holds the process group.
         accelerator.free_memory()
         gc.collect()
         accelerator.end_training()
+    finally:
         # So that a later one, if alone, may be of another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _leave_at_once(orderly: bool) -> None:
+    """Parts from the others, who may be waiting for this process, or hang, without waiting for them."""
+    if not torch.distributed.is_initialized():
+        return
+    for group in list(_world.pg_map):
+        # Never freed: gloo's groups wait in that for all that was begun, until it fails after `distributed.timeout_s`.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    # NCCL's kernels end when they are aborted only; the orderly way waits for the others.
+    leave = torch.distributed.destroy_process_group if orderly else _abort_process_group
+    leaving = Thread(target=leave, daemon=True)
+    leaving.start()
+    leaving.join(PATIENCE_S)
 
 
 def start(config: DistributedConfig, precision: Precision | None) -> Accelerator:

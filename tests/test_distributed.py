@@ -3,9 +3,14 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from mtl_dist.config import UserError
-from mtl_dist.distributed import DistributedConfig, first_then_others, lost_ranks, on_one, seed_step, start
+from mtl_dist.distributed import DistributedConfig, first_then_others, lost_ranks, on_one, processes, seed_step, start
 from tests.distributed import on_ranks
 from tests.trained import ENGINES
 
@@ -131,6 +136,68 @@ def test_who_fails_at_work_is_not_waited_for(failing_rank: int, how: str, timeou
     with pytest.raises(AssertionError, match=message):
         on_ranks(2, _fails_at_work, failing_rank, how, timeout_s, patience_s=30)
     assert time.monotonic() - start_time < 60
+
+
+UNLUCKY = """
+import os, sys, time
+import torch
+from mtl_dist.config import UserError
+from mtl_dist.distributed import DistributedConfig, processes
+
+with processes(DistributedConfig(), None):
+    torch.distributed.barrier()
+    if os.environ["RANK"] == "1":
+        time.sleep(100)
+    sent = torch.distributed.all_reduce(torch.ones(1000), async_op=True)
+    print("sent", file=sys.stderr, flush=True)
+    raise eval(sys.argv[1])("this rank is unlucky")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["ValueError", "UserError"])
+def test_who_fails_beside_one_that_hangs_ends_at_once(error: str) -> None:
+    # In processes of their own, because Python's exit could hang too.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-c", UNLUCKY, error]
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        messages = ranks[0].stderr
+        assert messages is not None
+        assert "sent\n" in messages
+        assert ranks[0].wait(timeout=30) == 1
+        assert "this rank is unlucky" in messages.read()
+        assert ranks[1].poll() is None
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def _parts(error: BaseException | None) -> tuple[int, bool]:
+    with (
+        patch("torch.distributed.destroy_process_group", wraps=dist.destroy_process_group) as destroy,
+        suppress(UserError, ValueError),
+        processes(DistributedConfig(), None),
+    ):
+        if error is not None:
+            raise error
+    return destroy.call_count, dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("error", "destroyed"), [(None, 1), (UserError("no such file"), 1), (ValueError("unlucky"), 0)]
+)
+def test_processes_part_in_order_but_for_a_failure(error: BaseException | None, destroyed: int) -> None:
+    assert on_ranks(2, _parts, error) == [(destroyed, False)] * 2
 
 
 @pytest.mark.parametrize(

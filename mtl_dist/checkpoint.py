@@ -150,7 +150,7 @@ class RunLock:
         path = folder / LOCK
         with refusing(f"output_dir: cannot write {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+", encoding="utf-8")
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
         deadline, waited = time.monotonic() + patience_s, False
         while True:
             try:

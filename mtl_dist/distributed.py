@@ -3,16 +3,20 @@
 Whatever was asked for and is not there (processes, CUDA, a precision, an engine) is an error, never a quiet fallback.
 """
 
+import ctypes
 import faulthandler
 import gc
 import os
 import re
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.util import find_spec
+from itertools import count
+from threading import Event, Thread
 from typing import Any, Literal, Self, TypeVar
 
 import torch
@@ -28,12 +32,20 @@ from accelerate.utils import (
     str_to_bool,
 )
 from pydantic import Field, PositiveInt
+from torch.distributed.distributed_c10d import (
+    PrefixStore,
+    Store,
+    _abort_process_group,
+    _get_default_store,
+    _world,
+)
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from mtl_dist.config import Config, UserError, differences
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
+PATIENCE_S = 5  # with the others, of a process that ends with an error
 
 
 class DistributedConfig(Config):
@@ -50,13 +62,31 @@ def processes(config: DistributedConfig, precision: Precision | None) -> Iterato
     accelerator = start(config, precision)
     try:
         yield accelerator
-    finally:
+    except BaseException as error:
+        _leave_at_once(orderly=isinstance(error, UserError))  # which most often all of them have
+        raise
+    else:
         # Models first: gloo sometimes aborts at exit while DDP still holds the process group.
         accelerator.free_memory()
         gc.collect()
         accelerator.end_training()
+    finally:
         # So that a later one, if alone, may be of another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _leave_at_once(orderly: bool) -> None:
+    """Parts from the others, who may be waiting for this process, or hang, without waiting for them."""
+    if not torch.distributed.is_initialized():
+        return
+    for group in list(_world.pg_map):
+        # Never freed: gloo's groups wait in that for all that was begun, until it fails after `distributed.timeout_s`.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    # NCCL's kernels end when they are aborted only; the orderly way waits for the others.
+    leave = torch.distributed.destroy_process_group if orderly else _abort_process_group
+    leaving = Thread(target=leave, daemon=True)
+    leaving.start()
+    leaving.join(PATIENCE_S)
 
 
 def start(config: DistributedConfig, precision: Precision | None) -> Accelerator:
@@ -264,16 +294,90 @@ def _where(accelerator: Accelerator, here: bool, work: Callable[[], T]) -> list[
     """The result of `work` on the processes with `here`; raises on every process the UserError that any of them has."""
     result: list[T] = []
     error: str | None = None
-    if here:
-        try:
-            result.append(work())
-        except UserError as refused:
-            error = str(refused)
+    with _however_long():
+        if here:
+            try:
+                result.append(work())
+            except UserError as refused:
+                error = str(refused)
     errors = gather_object([error])
     first = next((found for found in errors if found is not None), None)
     if first is not None:
         raise UserError(first)
     return result
+
+
+_meetings = count()  # how often the processes have waited for each other; the same on all of them
+BEATS = 8  # signs of life in the time after which a process without any is gone
+ALL_DONE = "all done"
+
+
+@contextmanager
+def _however_long() -> Iterator[None]:
+    """Leaves when every process wants to leave, for which they wait as long as those who work are alive.
+
+    A collective ends after `distributed.timeout_s`, whatever the others do meanwhile. So they meet in the store that
+    they found each other by.
+    """
+    if not torch.distributed.is_initialized() or (world := torch.distributed.get_world_size()) == 1:
+        yield
+        return
+    rank, common = torch.distributed.get_rank(), _get_default_store()
+    timeout: timedelta = common.timeout  # type: ignore[attr-defined]
+    store, timeout_s = PrefixStore(f"mtl_dist/{next(_meetings)}", common), timeout.total_seconds()
+    done = Event()
+    life = Thread(target=_live, args=(store, rank, timeout_s / BEATS, done), daemon=True)
+    life.start()
+    try:
+        try:
+            yield
+        finally:
+            done.set()
+            life.join()
+        store.set(f"done/{rank}", "")
+        if store.add("done", 1) == world:
+            store.set("end", ALL_DONE)
+        end = _end(store, world, timeout_s)
+    except torch.distributed.DistNetworkError as error:
+        raise _gone("another rank is gone, and with it the list of who is there") from error
+    except BaseException as error:
+        with suppress(torch.distributed.DistError):
+            store.set("end", f"rank {rank} is gone ({type(error).__name__})")
+        raise
+    if end != ALL_DONE:
+        raise _gone(end)
+
+
+def _live(store: Store, rank: int, every_s: float, done: Event) -> None:
+    """Gives signs of life."""
+    with suppress(torch.distributed.DistError):  # the other thread will hear of it
+        while not done.wait(every_s):
+            store.add(f"alive/{rank}", 1)
+
+
+def _end(store: Store, world: int, timeout_s: float) -> str:
+    """Waits until all are done, or one is gone; says which."""
+    signs, silent = [0] * world, [0] * world
+    pause_s, paused_s = 0.01, 0.0
+    while not store.check(["end"]):
+        time.sleep(pause_s)
+        paused_s += pause_s  # not by the clock, which runs on while a process is suspended
+        pause_s = min(1.2 * pause_s, 1.0, timeout_s / BEATS)
+        if paused_s < timeout_s / BEATS:
+            continue
+        paused_s = 0.0
+        for rank in range(world):
+            heard = store.add(f"alive/{rank}", 0)
+            silent[rank] = silent[rank] + 1 if heard == signs[rank] and not store.check([f"done/{rank}"]) else 0
+            signs[rank] = heard
+            if silent[rank] > BEATS:
+                return f"rank {rank} is gone (no sign of life for {timeout_s:g} s, distributed.timeout_s)"
+    return store.get("end").decode()
+
+
+def _gone(who: str) -> SystemExit:
+    """What ends this rank because another one has ended."""
+    return SystemExit(f"rank {torch.distributed.get_rank()}: {who}; what it printed last says why")
 
 
 class Stops:
@@ -328,8 +432,7 @@ def lost_ranks() -> Iterator[None]:
         )
         if cut is None:
             raise
-        rank = torch.distributed.get_rank()
-        raise SystemExit(f"rank {rank}: another rank is gone ({cut[0]}); what it printed last says why") from error
+        raise _gone(f"another rank is gone ({cut[0]})") from error
 
 
 class Watchdog:

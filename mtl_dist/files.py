@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,11 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(new)
         new.mkdir(parents=True)
         yield new
+        readable = new.stat().st_mode & 0o666  # safetensors' files are not, whatever the umask says
         for path in (*new.rglob("*"), new):
+            mode = path.stat().st_mode
+            if mode | readable != mode:
+                path.chmod(stat.S_IMODE(mode | readable))
             sync(path)
         if folder.exists():
             if old.exists():

@@ -2,8 +2,15 @@
 
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,8 +18,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from mtl_dist.config import UserError
-from mtl_dist.distributed import DistributedConfig, first_then_others, seed_step, start
+from mtl_dist.distributed import DistributedConfig, first_then_others, lost_ranks, on_one, processes, seed_step, start
 from tests.distributed import on_ranks
+from tests.trained import ENGINES
 
 
 def _sum_of_ranks() -> tuple[int, float]:
@@ -69,6 +77,127 @@ def test_a_users_mistake_on_one_rank_stops_all(failing_rank: int) -> None:
 
 def test_every_rank_gets_its_own_result() -> None:
     assert on_ranks(2, _first_then_others, None) == [["rank 0"], ["rank 1"]]
+
+
+def _one_works_for_long(engine: str, timeout_s: float, per_node: int) -> list[Any]:
+    """The last rank that works first does so for three times as long as a rank waits in a collective."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ |= {**ENGINES[engine], "LOCAL_RANK": str(rank % per_node), "LOCAL_WORLD_SIZE": str(per_node)}
+    accelerator = start(DistributedConfig(timeout_s=timeout_s), None)
+
+    def work() -> float:
+        if rank == world - per_node:
+            time.sleep(3 * timeout_s)
+        return time.time()
+
+    finished = first_then_others(accelerator, work)
+    told = on_one(accelerator, work)
+    accelerator.end_training()
+    return [rank, finished, told]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "per_node"), [("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("ddp", 1)])
+def test_who_works_for_long_is_waited_for(engine: str, per_node: int) -> None:
+    nodes = 2 if engine == "ddp" else 1
+    found = on_ranks(nodes * per_node, _one_works_for_long, engine, 3.0, per_node)
+    firsts = [finished for rank, finished, _ in found if rank % per_node == 0]
+    others = [finished for rank, finished, _ in found if rank % per_node]
+    assert all(other >= max(firsts) for other in others)
+    assert len({told for _, _, told in found}) == 1
+
+
+def _fails_at_work(failing_rank: int, how: str, timeout_s: float) -> None:
+    accelerator = start(DistributedConfig(timeout_s=timeout_s), None)
+
+    def work() -> None:
+        if accelerator.process_index == failing_rank:
+            if how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("this rank is unlucky")
+
+    with lost_ranks():
+        first_then_others(accelerator, work)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failing_rank", "how", "timeout_s", "message"),
+    [
+        (1, "dies", 4, r"rank 0: rank 1 is gone \(no sign of life for 4 s, distributed\.timeout_s\)"),
+        # With rank 0 goes the list of who is there.
+        (0, "dies", 500, r"rank 1: another rank is gone"),
+        (0, "raises", 500, r"rank 1: (rank 0 is gone \(ValueError\)|another rank is gone)"),
+        (1, "raises", 500, r"rank 0: rank 1 is gone \(ValueError\)"),
+    ],
+)
+def test_who_fails_at_work_is_not_waited_for(failing_rank: int, how: str, timeout_s: float, message: str) -> None:
+    start_time = time.monotonic()
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(2, _fails_at_work, failing_rank, how, timeout_s, patience_s=30)
+    assert time.monotonic() - start_time < 60
+
+
+UNLUCKY = """
+import os, sys, time
+import torch
+from mtl_dist.config import UserError
+from mtl_dist.distributed import DistributedConfig, processes
+
+with processes(DistributedConfig(), None):
+    torch.distributed.barrier()
+    if os.environ["RANK"] == "1":
+        time.sleep(100)
+    sent = torch.distributed.all_reduce(torch.ones(1000), async_op=True)
+    print("sent", file=sys.stderr, flush=True)
+    raise eval(sys.argv[1])("this rank is unlucky")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["ValueError", "UserError"])
+def test_who_fails_beside_one_that_hangs_ends_at_once(error: str) -> None:
+    # In processes of their own, because Python's exit could hang too.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-c", UNLUCKY, error]
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        messages = ranks[0].stderr
+        assert messages is not None
+        assert "sent\n" in messages
+        assert ranks[0].wait(timeout=30) == 1
+        assert "this rank is unlucky" in messages.read()
+        assert ranks[1].poll() is None
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def _parts(error: BaseException | None) -> tuple[int, bool]:
+    with (
+        patch("torch.distributed.destroy_process_group", wraps=dist.destroy_process_group) as destroy,
+        suppress(UserError, ValueError),
+        processes(DistributedConfig(), None),
+    ):
+        if error is not None:
+            raise error
+    return destroy.call_count, dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("error", "destroyed"), [(None, 1), (UserError("no such file"), 1), (ValueError("unlucky"), 0)]
+)
+def test_processes_part_in_order_but_for_a_failure(error: BaseException | None, destroyed: int) -> None:
+    assert on_ranks(2, _parts, error) == [(destroyed, False)] * 2
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,16 @@ def save_model(model: MultiTaskModel, tokenizer: Tokenizer, folder: Path, scores
         write_sums(unfinished, MODEL_FILES)
 
 
+def saved_scores(folder: Path) -> Any:
+    """The scores of the model in a folder, if there is a whole one."""
+    if faults(folder, MODEL_FILES):
+        return None
+    try:
+        return json.loads((folder / SCORES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def load_model(folder: Path, tasks: Mapping[str, TaskModel]) -> tuple[MultiTaskModel, Tokenizer]:
     """The model and tokenizer that `save_model` wrote."""
     path = folder / HEADS

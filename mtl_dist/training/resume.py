@@ -1,8 +1,10 @@
 """Saves a run so that it can go on, and finds what it goes on with: changes since then are shown, or refused."""
 
+import hashlib
 import os
+import shutil
 import signal
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,8 +18,8 @@ from mtl_dist.config import UserError, differences
 from mtl_dist.data.prepare import Split
 from mtl_dist.distributed import engine_name, precision_of
 from mtl_dist.experiment import Experiment
-from mtl_dist.files import put_back
-from mtl_dist.model.multitask import BEST, MultiTaskModel
+from mtl_dist.files import SUMS, put_back, replacing
+from mtl_dist.model.multitask import BEST, MODEL_FILES, MultiTaskModel, saved_scores
 from mtl_dist.training.engine import Engine
 from mtl_dist.watch.screen import plain_table
 
@@ -34,8 +36,17 @@ def about(accelerator: Accelerator, config: Experiment, train: Mapping[str, Spli
         "engine": engine_name(accelerator),
         "precision": precision_of(accelerator),
         "data": {name: split.folder.name for name, split in train.items()},
+        "rows": {name: _counted(split) for name, split in train.items()},  # not in early checkpoints
         "config": config.model_dump(mode="json", by_alias=True),
     }
+
+
+def _counted(split: Split) -> dict[str, Any]:
+    """What tells rows from others."""
+    texts = hashlib.blake2b(digest_size=8)
+    for digests in split.digests():
+        texts.update(digests.tobytes())
+    return {"rows": len(split), "tokens": split.num_tokens, "texts": texts.hexdigest()}
 
 
 def compared(about: Mapping[str, Any], free: Set[str]) -> dict[str, Any]:
@@ -87,10 +98,34 @@ def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
         raise UserError(f"{checkpoint.path}: the run has other tasks now: {', '.join(missing)}{way_out}")
     for task, fingerprint in data.items():
         if then[task] != fingerprint:
-            raise UserError(
-                f"{checkpoint.path}: the train rows of task '{task}' are others now "
-                f"(their file, columns, labels, tokenizer or longest length has changed){way_out}"
-            )
+            why = "; ".join([*_other_rows(checkpoint.about, now, task), *_other_reading(checkpoint.about, now, task)])
+            why = why or "their file, columns, labels, tokenizer or longest length has changed"
+            raise UserError(f"{checkpoint.path}: the train rows of task '{task}' are others now ({why}){way_out}")
+
+
+def _other_rows(then: Mapping[str, Any], now: Mapping[str, Any], task: str) -> list[str]:
+    """How the train rows of a task differ, where that is known."""
+    before, today = (each.get("rows", {}).get(task) for each in (then, now))
+    if before is None or today is None:
+        return []
+    if before["texts"] != today["texts"]:
+        how = "with other texts"
+    elif before["tokens"] != today["tokens"]:
+        how = f"with the same texts in {today['tokens']:,} tokens instead of {before['tokens']:,}"
+    else:
+        how = "with the same texts, so their labels or ids"
+    return [f"{before['rows']:,} then, {today['rows']:,} now, {how}"]
+
+
+def _other_reading(then: Mapping[str, Any], now: Mapping[str, Any], task: str) -> list[str]:
+    """What has changed in the config of that which rows depend on."""
+
+    def read_by(about: Mapping[str, Any]) -> dict[str, Any]:
+        of_task, encoder = about["config"]["tasks"][task], about["config"]["encoder"]
+        keys = {f"tasks.{task}.{key}": of_task.get(key) for key in ("train", "columns", "label", "head", "max_length")}
+        return {**keys, **{f"encoder.{key}": encoder.get(key) for key in ("from", "tokenizer")}}
+
+    return [f"{key} was {old}, is {new}" for key, old, new in differences(read_by(then), read_by(now))]
 
 
 def changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> Table | None:
@@ -99,6 +134,10 @@ def changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> Table | None:
     both = compared(checkpoint.about, OF_A_START), compared(now, OF_A_START)
     then, today = ({part: each[part] for part in parts} for each in both)
     found = differences(then, today)
+    for task, fingerprint in now["data"].items():
+        if checkpoint.about["data"].get(task, fingerprint) != fingerprint:
+            how = _other_rows(checkpoint.about, now, task) or ["others"]
+            found.append((f"train rows of {task}", "", how[0]))
     if not found:
         return None
     table = plain_table("changed since", "then", "now", texts=("changed since", "then", "now"))
@@ -117,6 +156,31 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, allow_changes: bool) 
             found = list(weights[name].shape) if name in weights else "not there"
             raise UserError(f"{checkpoint.path}: {name} is {found}, the config asks for {list(parameter.shape)}")
         parameter.data.copy_(weights[name])
+
+
+def place_of(checkpoint: Checkpoint, steps: Sequence[int]) -> tuple[int, int]:
+    """The stage and its step that a run goes on with, in stages of so many steps.
+
+    The end of the last one, where the run had more stages than there are now.
+    """
+    stage, step = checkpoint.state["stage"], checkpoint.state["step"]
+    return (stage, step) if stage < len(steps) else (len(steps) - 1, steps[-1])
+
+
+def take_best_along(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copies the best model so far into the folder in which a run goes on; not another one that came later."""
+    best = checkpoint.path.parent.parent / BEST
+    if checkpoint.state["best"] and saved_scores(best) == checkpoint.state["best"]:
+        with replacing(folder / BEST) as unfinished:
+            for name in (*MODEL_FILES, SUMS):
+                (unfinished / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(best / name, unfinished / name)
+
+
+def carried_moments(checkpoint: Checkpoint, model: nn.Module) -> dict[Tensor, dict[str, Any]]:
+    """The moments that a later stage goes on with, of the parameters that are still there."""
+    carried = moments_of(checkpoint, "carried")
+    return {parameter: carried[name] for name, parameter in model.named_parameters() if name in carried}
 
 
 def moments_of(checkpoint: Checkpoint, kind: str) -> dict[str, dict[str, Tensor]]:

@@ -651,6 +651,17 @@ def test_a_dev_set_that_came_later(tiny: Path) -> None:
 # What else may be in a run folder
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_who_may_read_the_files_is_the_users_to_say(tiny: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        run(tiny, *QUICK)
+    finally:
+        os.umask(before)
+    for path in (tiny.parent / "run").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
 def test_what_a_killed_process_left_is_no_hindrance(tiny: Path, saved: Path) -> None:
     folder = saved.parent
     (folder / "metrics.jsonl.tmp").write_text("half a line")

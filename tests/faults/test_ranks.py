@@ -263,6 +263,31 @@ def test_a_rank_that_dies_ends_the_others(tiny: Path) -> None:
     assert "rank 0 ended with exit code 1" in str(error.value)
 
 
+def fails_beside_one_that_hangs(config: Path, *overrides: str) -> None:
+    """Trains; in the first step rank 1 hangs, and rank 0 fails when the first task's gradient is on its way."""
+    made = 0
+    forward = MultiTaskModel.forward
+
+    def failing(model: MultiTaskModel, *inputs: Any) -> Tensor:
+        nonlocal made
+        made += 1
+        if os.environ["RANK"] == "1":
+            time.sleep(100)
+        if made == 3:
+            raise ValueError("this rank is unlucky")
+        return forward(model, *inputs)
+
+    with patch.object(MultiTaskModel, "forward", failing):
+        run(config, *overrides)
+
+
+def test_a_rank_that_fails_beside_one_that_hangs_ends_at_once(tiny: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"(?s)rank 0 ended with exit code 1.*is unlucky.*rank 1 hangs"):
+        on_ranks(2, fails_beside_one_that_hangs, tiny, *LAST, PCGRAD, timeout_s=60, patience_s=15)
+    assert time.monotonic() - start < 60
+
+
 def test_a_rank_that_hangs_is_ended_and_shows_where(tiny: Path) -> None:
     with pytest.raises(AssertionError) as error:
         on_ranks(2, run_until, 2, "hangs", tiny, *LAST, "distributed.timeout_s=6", timeout_s=60, patience_s=30)

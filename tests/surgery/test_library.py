@@ -579,7 +579,7 @@ def refusal(made: Callable[[], object]) -> str:
 def test_refused_on_one_process() -> None:
     model = Model()
     assert refusal(lambda: Surgery(model, "pc_grad", shared="body")) == (
-        "Surgery: combiner.kind is 'pc_grad'; did you mean 'pcgrad'?"
+        "Surgery: combiner is 'pc_grad'; did you mean 'pcgrad'?"
     )
     assert refusal(lambda: Surgery(model, shared="body", every=0)) == "Surgery: every is 0; must be greater than 0"
     assert "no field 'scop'; did you mean 'scope'?" in refusal(lambda: Surgery(model, shared="body", scop="layers"))

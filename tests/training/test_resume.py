@@ -4,6 +4,7 @@ python -m pytest tests/training/test_resume.py
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from mtl_dist.checkpoint import COVERED
 from mtl_dist.config import UserError, load
 from mtl_dist.experiment import Experiment
+from mtl_dist.files import write_sums
 from mtl_dist.training.loop import train
 from tests.distributed import on_ranks
 from tests.trained import far_apart, go_on_until, run
@@ -138,23 +141,33 @@ def test_a_path_to_go_on_from(tiny: Path) -> None:
     assert steps == [4, 8, 12]
 
 
+def without(config: Path, task: str) -> Path:
+    """The experiment without one of its tasks."""
+    content = yaml.safe_load(config.read_text())
+    del content["tasks"][task]
+    path = config.with_name("without.yaml")
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
 def test_changes_are_shown_or_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tiny, *QUICK, "steps=4")
     run(tiny, *QUICK, "steps=4", "optim.lr=0.5", resume="auto")
     table = capsys.readouterr().out
     assert "optim.lr" in table and "0.001" in table and "0.5" in table
-    content = yaml.safe_load(tiny.read_text())
-    del content["tasks"]["near"]
-    two = tiny.with_name("two.yaml")
-    two.write_text(yaml.safe_dump(content))
+    two = without(tiny, "near")
     with pytest.raises(UserError, match="the run has other tasks now: near; start anew, or go on all the same with"):
         run(two, *QUICK, resume="auto")
     allowed = load(Experiment, two, [*QUICK, "steps=8"])
     assert train(allowed, resume="auto", allow_changes=True)["tasks"].keys() == {"mood", "same"}
     rows = tiny.parent / "mood-train.tsv"
     rows.write_text(rows.read_text() + "mood99\tbam\t1\n")
-    with pytest.raises(UserError, match="the train rows of task 'mood' are others now"):
+    others = r"the train rows of task 'mood' are others now \(40 then, 41 now, with other texts\)"
+    with pytest.raises(UserError, match=others):
         run(two, *QUICK, "steps=12", resume="auto")
+    capsys.readouterr()
+    train(load(Experiment, two, [*QUICK, "steps=8"]), resume="auto", allow_changes=True)
+    assert re.search("train rows of mood +40 then, 41 now, with other texts", capsys.readouterr().out)
     # A task that comes back begins with a new head.
     with pytest.raises(UserError, match="the run has other tasks now: near"):
         run(tiny, *QUICK, "steps=12", resume="auto")
@@ -164,12 +177,30 @@ def test_changes_are_shown_or_refused(tiny: Path, capsys: pytest.CaptureFixture[
 
 def test_other_labels_or_words_are_other_rows(tiny: Path) -> None:
     run(tiny, *QUICK, "steps=4")
-    labels = "tasks.mood.label={kind: classification, num_classes: 4}"
-    with pytest.raises(UserError, match="rows of task 'mood' are others now"):
-        run(tiny, *QUICK, labels, resume="auto")
+
+    def refused(*overrides: str) -> str:
+        with pytest.raises(UserError, match="rows of task 'mood' are others now") as error:
+            run(tiny, *QUICK, *overrides, resume="auto")
+        return str(error.value).partition(" now (")[2].partition("); start anew")[0]
+
+    same = "40 then, 40 now, with the same texts"
+    labels = refused("tasks.mood.label={kind: classification, num_classes: 4}")
+    assert labels == f"{same}, so their labels or ids; tasks.mood.label.num_classes was 3, is 4"
     words = tiny.parent / "words"
     shutil.copytree(load(Experiment, tiny).encoder.tokenizer_source, words)
     with (words / "vocab.txt").open("a") as file:
         file.write("another\n")
-    with pytest.raises(UserError, match="rows of task 'mood' are others now"):
-        run(tiny, *QUICK, f"encoder.tokenizer={words}", resume="auto")
+    assert refused(f"encoder.tokenizer={words}").endswith(f"encoder.tokenizer was {tiny.parent}, is {words}")
+    tokens = refused("tasks.mood.max_length=7")
+    assert re.fullmatch(f"{same} in \\d+ tokens instead of \\d+; tasks.mood.max_length was None, is 7", tokens)
+    rows = tiny.parent / "mood-train.tsv"
+    before = rows.read_text()
+    rows.write_text(before[:-2] + ("1" if before[-2] != "1" else "2") + "\n")
+    assert refused() == f"{same}, so their labels or ids"
+    # An early checkpoint knows less.
+    (last,) = (tiny.parent / "run" / "checkpoints").iterdir()
+    state = json.loads((last / "state.json").read_text())
+    del state["about"]["rows"]
+    (last / "state.json").write_text(json.dumps(state))
+    write_sums(last, COVERED)
+    assert refused() == "their file, columns, labels, tokenizer or longest length has changed"

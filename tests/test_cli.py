@@ -157,11 +157,11 @@ def test_two_processes_through_accelerate(tiny: Path) -> None:
     launch += ["--config_file", str(Path(__file__).parents[1] / "accelerate_configs" / "cpu_2proc.yaml")]
     command = [*launch, "-m", "mtl_dist", "train", str(tiny), "steps=2", "distributed.processes=2"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "2 processes on CPU" in done.stdout
     assert done.stdout.count("best model") == 1  # only one of them talks
 
-    wrong = subprocess.run([*command, "epocs=1"], capture_output=True, text=True, timeout=200, env=environment)
+    wrong = subprocess.run([*command, "epocs=1"], capture_output=True, text=True, env=environment)
     assert wrong.returncode != 0
     assert wrong.stderr.count("override 'epocs=1': the top level has no field 'epocs'; did you mean 'epochs'?") == 1

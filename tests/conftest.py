@@ -8,6 +8,8 @@ from random import Random
 
 import pytest
 
+from tests.limits import limit
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from threads that wait for each other
 for launcher in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "RANK", "WORLD_SIZE"):
@@ -83,6 +85,16 @@ def write_experiment(folder: Path) -> Path:
     config = folder / "tiny.yaml"
     config.write_text(EXPERIMENT.format(folder=folder))
     return config
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Gives every test its limit, which grows with how slow the machine is."""
+    if config.getoption("timeout") is not None:  # said on the command line
+        return
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        seconds = mark.args[0] if mark else float(config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(limit(seconds)), append=False)
 
 
 @pytest.fixture(autouse=True)

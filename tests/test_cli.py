@@ -9,6 +9,7 @@ import time
 from functools import partialmethod
 from pathlib import Path
 from unittest.mock import Mock
+from statistics import median
 
 import pytest
 import torch
@@ -20,14 +21,17 @@ from mtl_dist.data.packed import Packed
 from mtl_dist.model.multitask import MultiTaskModel
 
 
+def seconds_of_python(*arguments: str) -> tuple[float, str]:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    return time.perf_counter() - start, done.stdout
+
+
 def test_help_answers_at_once() -> None:
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "mtl_dist", "--help"], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - start)
-    assert "train an experiment" in done.stdout
-    assert min(times) < 0.5
+    torch, _ = seconds_of_python("-c", "import torch")
+    times, texts = zip(*(seconds_of_python("-m", "mtl_dist", "--help") for _ in range(3)), strict=True)
+    assert "train an experiment" in texts[0]
+    assert median(times) < torch / 3  # about a tenth
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -279,12 +283,12 @@ def test_two_processes_through_accelerate(tiny: Path) -> None:
     launch += ["--config_file", str(Path(__file__).parents[1] / "accelerate_configs" / "cpu_2proc.yaml")]
     command = [*launch, "-m", "mtl_dist", "train", str(tiny), "steps=2", "distributed.processes=2"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "2 processes on CPU" in done.stdout
     assert done.stdout.count("best model") == 1  # only one of them talks
 
-    wrong = subprocess.run([*command, "epocs=1"], capture_output=True, text=True, timeout=200, env=environment)
+    wrong = subprocess.run([*command, "epocs=1"], capture_output=True, text=True, env=environment)
     assert wrong.returncode == 1  # whatever its processes ended with, which was 2
     said = "override 'epocs=1': the top level has no field 'epocs'; did you mean 'epochs'?"
     assert wrong.stderr.count(said) == 1

@@ -32,25 +32,44 @@ def _sum_of_ranks() -> tuple[int, float]:
 
 def _fail_on(failing_rank: int) -> None:
     print("about to look")
+    if os.environ["WORLD_SIZE"] != "1":
+        _sum_of_ranks()  # all are there
     if os.environ["RANK"] == str(failing_rank):
         raise ValueError("this rank is unlucky")
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def test_ranks_talk_and_return_in_order() -> None:
     assert on_ranks(2, _sum_of_ranks) == [(0, 3.0), (1, 3.0)]
 
 
-def test_one_failing_rank_fails_the_call_at_once() -> None:
-    start_time = time.monotonic()
-    with pytest.raises(AssertionError, match=r"(?s)rank 0 hangs.*rank 1 ended with exit code 1.*is unlucky"):
+def test_one_failing_rank_fails_the_call_while_the_other_hangs() -> None:
+    said = r"(?s)on 2 ranks: a rank failed.*rank 0 hangs.*_fail_on.*rank 1 ended with exit code 1.*is unlucky"
+    with pytest.raises(AssertionError, match=said):
         on_ranks(2, _fail_on, 1)
-    assert time.monotonic() - start_time < 30
 
 
 def test_a_hanging_rank_is_shown_with_its_stack() -> None:
-    with pytest.raises(AssertionError, match=r"(?s)within 5 s.*rank 0 hangs.*_fail_on"):
+    with pytest.raises(AssertionError, match=r"(?s)not all came through within \d+ s.*rank 0 hangs.*_fail_on"):
         on_ranks(1, _fail_on, 7, timeout_s=5)
+
+
+def _dirty() -> tuple[str | None, bool]:
+    """What an earlier call may have left in this rank; leaves it there."""
+    found = os.environ.get("LEFT_BEHIND"), hasattr(dist, "left_behind")
+    os.environ["LEFT_BEHIND"] = dist.left_behind = "1"
+    return found
+
+
+def test_ranks_begin_clean_with_training_imported() -> None:
+    for _ in range(2):
+        assert on_ranks(1, _dirty) == [(None, False)]
+    assert on_ranks(1, _modules, ["mtl_dist.training.loop", "torch._dynamo", "pandas"]) == [[]]
+
+
+def _modules(names: list[str]) -> list[str]:
+    """Those that are not imported yet."""
+    return [name for name in names if name not in sys.modules]
 
 
 def _first_then_others(failing_rank: int | None) -> list[str]:

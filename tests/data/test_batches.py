@@ -9,6 +9,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise, permutations
+from threading import Event
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from mtl_dist.data.batches import (
 )
 from mtl_dist.data.mixer import AnyMixer, Joint, RoundRobin, Size, Temperature
 from mtl_dist.data.prepare import Split
+from tests.limits import limit
 
 
 class Rows(Split):
@@ -350,19 +352,15 @@ def test_items_are_made_ahead_and_come_in_order() -> None:
 
 
 def test_the_next_item_is_made_while_the_model_computes() -> None:
+    made = [Event() for _ in range(6)]
+
     def make(index: int) -> int:
-        time.sleep(0.05)
+        made[index].set()
         return index
 
-    items = prefetched(make, range(6))
-    next(items)
-    waited = 0.0
-    for _ in range(5):
-        time.sleep(0.1)  # the model
-        start = time.perf_counter()
-        next(items)
-        waited += time.perf_counter() - start
-    assert waited < 0.05  # of 0.3 s that making them took
+    for index in prefetched(make, range(6)):
+        # So long does the model compute; in vain, if the next item were made when it is asked for.
+        assert made[min(index + 1, 5)].wait(limit(60))
 
 
 def test_an_error_in_the_thread_is_the_callers() -> None:

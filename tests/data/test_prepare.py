@@ -23,6 +23,7 @@ from mtl_dist.data.prepare import Split, count_rows, prepare
 from mtl_dist.data.read import File
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.tasks import TaskConfig
+from tests.limits import limit
 
 LETTERS = "abcdefghij"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
@@ -305,7 +306,7 @@ def test_two_processes_at_once_both_get_a_whole_entry(tmp_path: Path) -> None:
     other = spawn.Process(target=_prepare_at_once, args=arguments)
     other.start()
     _prepare_at_once(*arguments)
-    first, second = (arguments[-1].get(timeout=60) for _ in range(2))
+    first, second = (arguments[-1].get(timeout=limit(60)) for _ in range(2))
     other.join()
     assert len(first) == 3000
     assert first == second

@@ -349,19 +349,21 @@ def test_a_run_whose_checkpoints_are_not_there_is_left_alone(tiny: Path, saved: 
 
 
 HOLDER = """
-import sys, time
+import sys
 from pathlib import Path
 from mtl_dist.checkpoint import RunLock
 lock = RunLock()
 lock.take(Path(sys.argv[1]), 0, print)
 print("taken", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
 def test_two_jobs_on_one_run_folder(tiny: Path) -> None:
     folder = tiny.parent / "run"
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         assert holder.stdout is not None and holder.stdout.readline() == b"taken\n"
         with pytest.raises(UserError, match=rf"output_dir: process {holder.pid} on .* is training in .*run; choose"):

@@ -30,6 +30,7 @@ from mtl_dist.distributed import DistributedConfig, start
 from mtl_dist.experiment import Experiment
 from mtl_dist.runs.predict import write_predictions
 from mtl_dist.watch.recorder import METRICS, TENSORBOARD, Recorder
+from tests.limits import limit
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
@@ -109,7 +110,7 @@ def test_a_disk_that_fills_up_costs_tensorboard_alone(
             recorder.record(step, "train", {"loss": {"a": 0.5}})
         recorder.close()
         for thread in set(threading.enumerate()) - set(before):
-            thread.join(timeout=10)
+            thread.join(timeout=limit(10))
     finally:
         setrlimit(RLIMIT_FSIZE, (soft, hard))
     assert lines_of(tmp_path) == list(range(1, 20))
@@ -234,7 +235,7 @@ def test_python_has_nothing_to_add_to_a_full_disk(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mtl_dist", "corpus", str(tmp_path), "--rows", "100", "--dev-rows", "1"]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with FULL.open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered, timeout=60)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
     assert (done.returncode, done.stderr) == (2, "cannot write the output: No space left on device\n")
 
 
@@ -277,7 +278,7 @@ def test_the_launcher_takes_another_port(tiny: Path, taken_port: str) -> None:
     launch += ["--config_file", str(Path(__file__).parents[2] / "accelerate_configs" / "cpu_2proc.yaml")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
     command = [*launch, "-m", "mtl_dist", "train", str(tiny), "steps=1", "distributed.processes=2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert f"Port `{taken_port}` is already in use" in done.stderr
     assert "2 processes on CPU" in done.stdout

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.limits import limit
+
 ROOT = Path(__file__).parents[2]
 HOME = Path("/run/mtl_dist-tests")
 MINISLURM = [sys.executable, str(Path(__file__).with_name("minislurm")), "--dir", str(HOME)]
@@ -34,9 +36,9 @@ class Job:
         return self.log_file.read_text() if self.log_file.exists() else ""
 
     def wait_until(self, what: str, holds: Callable[[], bool], limit_s: float = 200) -> None:
-        end = time.monotonic() + limit_s
+        end = time.monotonic() + limit(limit_s)
         while not holds():
-            assert time.monotonic() < end, f"not {what} after {limit_s:.0f} s: {self.facts}\n{self.log[-4000:]}"
+            assert time.monotonic() < end, f"not {what} after {limit(limit_s):.0f} s: {self.facts}\n{self.log[-4000:]}"
             time.sleep(0.1)
 
     def end(self) -> dict[str, str]:

@@ -193,14 +193,15 @@ def test_images_of_any_number_of_tasks_fit_a_screen(tasks: int) -> None:
         assert max(image.size) <= LARGEST
 
 
-def test_64_tasks_are_drawn_at_once() -> None:
-    record = of_random_gradients(64, layers=13)
-    seconds = []
-    for _ in range(3):
-        start = time.process_time()
-        surgery_images(*record)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 0.1  # for two images
+def test_64_tasks_are_drawn_about_as_fast_as_16() -> None:
+    seconds: dict[int, list[float]] = {64: [], 16: []}
+    for _ in range(5):  # in turns, as other work may slow some
+        for tasks, times in seconds.items():
+            record = of_random_gradients(tasks, layers=13)
+            start = time.process_time()
+            surgery_images(*record)
+            times.append(time.process_time() - start)
+    assert min(seconds[64]) < 3 * min(seconds[16])  # with numbers in all of their cells six times as long
 
 
 def test_many_tasks_show_the_share_of_their_pairs_that_conflict() -> None:

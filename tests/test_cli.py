@@ -8,8 +8,8 @@ import sys
 import time
 from functools import partialmethod
 from pathlib import Path
-from unittest.mock import Mock
 from statistics import median
+from unittest.mock import Mock
 
 import pytest
 import torch

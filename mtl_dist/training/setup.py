@@ -1,6 +1,6 @@
 """From a config to a run that can start: data, orders, model, run folder, and the checkpoint that it goes on from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import count, takewhile
@@ -19,7 +19,7 @@ from mtl_dist.checkpoint import Checkpoint, RunLock
 from mtl_dist.config import UserError
 from mtl_dist.data.batches import RowStream, TrainBatches, TrainRows
 from mtl_dist.data.mixer import Order
-from mtl_dist.data.prepare import train_rows_in_dev
+from mtl_dist.data.prepare import Split, train_rows_in_dev
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.distributed import describe, engine_name, first_then_others, on_one, refuse_differences
 from mtl_dist.experiment import Experiment, Stage
@@ -216,12 +216,15 @@ def start_stage(run: Run, stage: Stage) -> Trainer:
         engine.restore(moments_of(run.resumed, "moments"))
         engine.restore_scaling(run.resumed.state["scaling"])
         surgery.state = run.resumed.state["combiner"]
-    return Trainer(stage, order, train_batches(run, stage, order), optimizer, engine, surgery)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = train_batches(run.config, stage, order, run.splits["train"], rank, world)
+    return Trainer(stage, order, batches, optimizer, engine, surgery)
 
 
-def train_batches(run: Run, stage: Stage, order: Order) -> TrainBatches:
+def train_batches(
+    config: Experiment, stage: Stage, order: Order, splits: Mapping[str, Split], rank: int, world: int
+) -> TrainBatches:
     """This rank's batches of a stage."""
-    config, splits = run.config, run.splits["train"]
     rows = {
         name: TrainRows(
             splits[name],
@@ -231,7 +234,6 @@ def train_batches(run: Run, stage: Stage, order: Order) -> TrainBatches:
         )
         for name, task in stage.tasks.items()
     }
-    rank, world = run.accelerator.process_index, run.accelerator.num_processes
     return TrainBatches(rows, order, rank, world, stage.gradients.accumulation, stage.gradients.max_tokens)
 
 

@@ -183,7 +183,7 @@ def dump(config: Config) -> str:
 def schema(model: type[Config]) -> dict[str, Any]:
     """The JSON schema that editors check a config against while it is typed."""
     whole = model.model_json_schema()
-    whole = _with_bare_kinds(whole, whole["$defs"])
+    whole = _with_bare_kinds(whole, whole.get("$defs", {}))
     whole["properties"]["extends"] = {"type": "string", "description": "A file that this one is laid over."}
     if "required" in whole:
         whole["anyOf"] = [{"required": ["extends"]}, {"required": whole.pop("required")}]
@@ -464,7 +464,7 @@ def _is_by_kind(annotation: Any) -> bool:
         inner, *metadata = get_args(annotation)
         return _is_by_kind(inner) and not any(isinstance(part, BeforeValidator) for part in metadata)
     if get_origin(annotation) in (Union, UnionType):
-        return any(map(_is_by_kind, get_args(annotation))) and str not in get_args(annotation)
+        return any(map(_is_by_kind, get_args(annotation))) and str not in _members([annotation])
     return bool(_kinds(annotation))
 
 

@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("run_folder", metavar="RUN", type=Path, help="a run folder")
 
     def overrides(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as tasks.sst.weight=2")
+        sub.add_argument(
+            "overrides", metavar="KEY=VALUE", nargs="*", help="such as tasks.sst.weight=2; tasks.sst=null drops it"
+        )
 
     def as_json(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", action="store_true", help="print one JSON document")

@@ -125,7 +125,7 @@ def load(model: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         config = model.model_validate(raw)
     except ValidationError as error:
         before = _before_each(model, of_files, overrides)
-        raise UserError("\n".join(_explain(model, _mistakes(error), places, before))) from None
+        raise UserError("\n".join(_explain(model, error, places, before))) from None
     config.__dict__[PLACES] = places
     return config
 
@@ -191,7 +191,7 @@ def dump(config: Config) -> str:
 def schema(model: type[Config]) -> dict[str, Any]:
     """The JSON schema that editors check a config against while it is typed."""
     whole = model.model_json_schema()
-    whole = _with_bare_kinds(whole, whole["$defs"])
+    whole = _with_bare_kinds(whole, whole.get("$defs", {}))
     whole["properties"]["extends"] = {"type": "string", "description": "A file that this one is laid over."}
     if "required" in whole:
         whole["anyOf"] = [{"required": ["extends"]}, {"required": whole.pop("required")}]
@@ -360,7 +360,7 @@ def _before_each(model: type[Config], raw: dict[str, Any], overrides: Sequence[s
     return before
 
 
-def _blamed(mistake: Mistake, before: list[tuple[str, list[Mistake]]]) -> str | None:
+def _blamed(mistake: Mistake, before: Sequence[tuple[str, list[Mistake]]]) -> str | None:
     """The override that brought a mistake, which may be a misfit with what a file says; None if none did."""
     loc = mistake["loc"]
     for override, others in reversed(before):
@@ -373,12 +373,15 @@ def _blamed(mistake: Mistake, before: list[tuple[str, list[Mistake]]]) -> str | 
 
 
 def _explain(
-    model: type[Config], mistakes: list[Mistake], places: dict[Keys, str], before: list[tuple[str, list[Mistake]]]
+    model: type[Config],
+    error: ValidationError,
+    places: dict[Keys, str],
+    before: Sequence[tuple[str, list[Mistake]]] = (),
 ) -> list[str]:
-    """One line for each mistake, in the order of `places`."""
+    """One line for each mistake, in the order of `places`; `before` is each override, and what was wrong before it."""
     order = list(places)
     lines = []
-    for mistake in mistakes:
+    for mistake in _mistakes(error):
         keys, complaint = _complaint(model, mistake, places)
         while keys not in places:  # what is missing, or came from a default, has no place of its own
             keys = keys[:-1]
@@ -472,7 +475,7 @@ def _is_by_kind(annotation: Any) -> bool:
         inner, *metadata = get_args(annotation)
         return _is_by_kind(inner) and not any(isinstance(part, BeforeValidator) for part in metadata)
     if get_origin(annotation) in (Union, UnionType):
-        return any(map(_is_by_kind, get_args(annotation))) and str not in get_args(annotation)
+        return any(map(_is_by_kind, get_args(annotation))) and str not in _members([annotation])
     return bool(_kinds(annotation))
 
 

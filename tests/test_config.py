@@ -404,14 +404,16 @@ def test_a_text_stays_a_text_where_one_may_stand(tmp_path: Path) -> None:
 
     class Other(Config):
         text_or_head: str | Classification | Regression
+        short_or_head: Annotated[str, Field(max_length=30)] | Classification | None = None
         own: Annotated[Classification | Regression, Field(discriminator="kind"), BeforeValidator(read_in)] | None = None
         heads: list[Annotated[Classification | Regression, Field(discriminator="kind")]] = Field([])
 
     (tmp_path / "x.yaml").write_text(
-        "text_or_head: classification\nown: seven\nheads: [similarity, {kind: regression}]"
+        "text_or_head: classification\nshort_or_head: classification\nown: seven\n"
+        "heads: [similarity, {kind: regression}]"
     )
     other = load(Other, tmp_path / "x.yaml")
-    assert other.text_or_head == "classification"
+    assert other.text_or_head == other.short_or_head == "classification"
     assert other.own == Regression(kind="similarity", regression=7)
     assert other.heads == [Regression(kind="similarity"), Regression(kind="regression")]
 

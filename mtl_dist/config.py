@@ -133,7 +133,7 @@ def load(model: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 def made(model: type[T], what: str, **values: Any) -> T:
     """The config of values that a program gives; `what` is what a mistake's line begins with."""
     try:
-        return model.model_validate(values)
+        return model.model_validate(_kinds_written_out(values, [model]))
     except ValidationError as error:
         raise UserError("\n".join(_explain(model, _mistakes(error), {(): what}, []))) from None
 

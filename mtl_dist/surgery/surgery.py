@@ -78,7 +78,7 @@ class Surgery:
         step in which its gradient is infinite or NaN. `settings` are the fields of SurgeryConfig.
         """
         if isinstance(combiner, str):
-            settings["combiner"] = {"kind": combiner}
+            settings["combiner"] = combiner
         self.config = made(SurgeryConfig, "Surgery", **settings)
         if not isinstance(combiner, str):  # which may be of a class of one's own
             self.config = self.config.model_copy(update={"combiner": combiner})

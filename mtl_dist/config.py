@@ -135,7 +135,7 @@ def made(model: type[T], what: str, **values: Any) -> T:
     try:
         return model.model_validate(_kinds_written_out(values, [model]))
     except ValidationError as error:
-        raise UserError("\n".join(_explain(model, _mistakes(error), {(): what}, []))) from None
+        raise UserError("\n".join(_explain(model, error, {(): what}, []))) from None
 
 
 def overlay(below: Any, above: Any, keys: Keys = (), on_replaced: Callable[[Keys], object] = lambda keys: None) -> Any:

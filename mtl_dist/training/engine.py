@@ -202,13 +202,13 @@ class Zero(Split[M]):
 
     def restore(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         optimizer = self.model.optimizer.optimizer
-        group_of = {flat: group for group in optimizer.param_groups for flat in group["params"]}
+        group = optimizer.param_groups[0]  # all are fused, or none
         for name, parameter in self.module.named_parameters():
             if name in moments and (place := self.places.get(parameter)):
                 kept = optimizer.state.setdefault(place.flat, {})
                 for key, value in moments[name].items():
                     if key == "step":
-                        kept[key] = _count(group_of[place.flat], place.flat, value)
+                        kept[key] = _count(group, place.flat, value)
                     else:
                         place.scatter(value.to(place.flat.device), kept.setdefault(key, torch.zeros_like(place.flat)))
 

@@ -381,30 +381,44 @@ def _gone(who: str) -> SystemExit:
 
 
 class Stops:
-    """Hears USR1 and TERM, at any moment; the run ends at a step of its choice, the same on all ranks."""
+    """Hears USR1, TERM, HUP and INT, at any moment; the run ends at a step of its choice, the same on all ranks.
+
+    INT, which is Ctrl-C, ends this process at once if a stop was heard before, or no step is done that could be saved.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.heard = 0
+        self.stepped = False
         self.alone = accelerator.num_processes == 1
+        self.first = accelerator.is_main_process
         # On the CPU, where asking does not wait for the GPU.
         on_gpus = accelerator.device.type == "cuda" and not self.alone
         self.group = torch.distributed.new_group(backend="gloo") if on_gpus else None
 
     def __enter__(self) -> Self:
-        self.before = {each: signal.signal(each, self._hear) for each in (signal.SIGUSR1, signal.SIGTERM)}
+        # `nohup` and a shell's background jobs ignore these two for what they start.
+        kept = {each for each in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(each) is signal.SIG_IGN}
+        heard = {signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT} - kept
+        self.before = {each: signal.signal(each, self._hear) for each in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.heard:
-            return  # clusters say it again, and a process that has saved must not die of that
         for each, handler in self.before.items():
-            signal.signal(each, handler)
+            # Clusters say it again, and a process that has saved must not die of that.
+            if not self.heard or each == signal.SIGINT:
+                signal.signal(each, handler)
 
     def _hear(self, number: int, frame: object) -> None:
+        again = number == signal.SIGTERM and self.heard == signal.SIGINT  # a launcher passes the second one on so
+        if again or (number == signal.SIGINT and (self.heard or not self.stepped)):
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and self.first:
+            _say("\nSIGINT: the run is saved after this step, and ends; once more ends it at once")
         self.heard = max(self.heard, number)
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that any rank heard; every rank must ask."""
+        """The signal that any rank heard; every rank must ask, after each step."""
+        self.stepped = True
         if self.alone:
             return signal.Signals(self.heard) if self.heard else None
         heard = torch.tensor(self.heard)
@@ -432,7 +446,16 @@ def lost_ranks() -> Iterator[None]:
         )
         if cut is None:
             raise
-        raise _gone(f"another rank is gone ({cut[0]})") from error
+        timeout: timedelta = _get_default_store().timeout  # type: ignore[attr-defined]
+        waited = f"did not come within {timeout.total_seconds():g} s, distributed.timeout_s"
+        late = cut[0] == "Timed out waiting"
+        raise _gone(f"another rank {waited if late else f'is gone ({cut[0]})'}") from error
+
+
+def _say(line: str) -> None:
+    """Tells the user, whatever Python is in the middle of."""
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode())
 
 
 class Watchdog:
@@ -440,18 +463,45 @@ class Watchdog:
 
     def __init__(self, timeout_s: float, world: int) -> None:
         self.timeout_s = timeout_s if world > 1 else None
+        self.signs = 0  # of this rank's going on
+        self.over = Event()
 
     def __enter__(self) -> Self:
-        self.watch()
+        if self.timeout_s is not None:
+            self.guard = Thread(target=self._guard, args=(self.timeout_s,), daemon=True)
+            self.guard.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        faulthandler.cancel_dump_traceback_later()
+        if self.timeout_s is not None:
+            self.over.set()
+            self.guard.join()
+            faulthandler.cancel_dump_traceback_later()
 
     def watch(self) -> None:
         """Says that this rank goes on."""
-        if self.timeout_s is not None:
-            faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=2)
+        self.signs += 1
+
+    def _guard(self, timeout_s: float) -> None:
+        look_s = min(1.0, timeout_s / 10)
+        signs, still_s, rank = -1, 0.0, torch.distributed.get_rank()
+        while True:
+            if signs != self.signs:
+                signs, still_s = self.signs, 0.0
+                # For a library that stands still with Python's lock, which stops this thread too: shows it all the
+                # same, but does not end it, because it goes by the clock.
+                faulthandler.dump_traceback_later(timeout_s + 10 * look_s, file=2)
+            start = time.monotonic()
+            if self.over.wait(look_s):
+                return
+            # Not by the clock, which runs on while a run is suspended.
+            still_s += look_s
+            if (suspended_s := time.monotonic() - start) > timeout_s:
+                _say(f"rank {rank}: was suspended, or stood still as a whole, for {suspended_s:.0f} s; it goes on")
+            if still_s >= timeout_s:
+                _say(f"rank {rank}: no step for {timeout_s:g} s (distributed.timeout_s); where its threads stand:")
+                faulthandler.dump_traceback(file=2)
+                os._exit(1)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

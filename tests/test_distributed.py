@@ -157,6 +157,19 @@ def test_who_fails_at_work_is_not_waited_for(failing_rank: int, how: str, timeou
     assert time.monotonic() - start_time < 60
 
 
+def _comes_late() -> None:
+    with processes(DistributedConfig(timeout_s=3), None), lost_ranks():
+        if os.environ["RANK"] == "1":
+            time.sleep(20)
+        dist.all_reduce(torch.ones(1))
+
+
+def test_who_does_not_come_is_told_with_the_setting() -> None:
+    message = r"rank 0: another rank did not come within 3 s, distributed\.timeout_s; what it printed last says why"
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(2, _comes_late)
+
+
 UNLUCKY = """
 import os, sys, time
 import torch

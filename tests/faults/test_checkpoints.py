@@ -143,6 +143,19 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_training_alone(
     assert [path.name[-1] for path in all_in(tiny.parent / "run" / CHECKPOINTS)] == ["8", "6", "2"]
 
 
+def test_the_last_one_stays_until_the_next_is_whole(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file = full_disk(checkpoint.save_file, {3})
+    whole: list[list[int]] = []
+
+    def noting(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        whole.append([int(path.name[-1]) for path in all_in(tiny.parent / "run" / CHECKPOINTS) if not faults(path)])
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", noting)
+    run(tiny, *QUICK, "checkpoint.keep=1")
+    assert whole == [[], [2], [4], [4]]  # step 6 has no room
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     disk = tmp_path / "disk"

@@ -3,13 +3,18 @@
 python -m pytest tests/faults/test_ranks.py
 """
 
+import ctypes
 import json
 import math
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from itertools import product
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -32,7 +37,7 @@ from mtl_dist.training.engine import Engine, Stepped
 from tests.distributed import on_ranks
 from tests.limits import limit
 from tests.surgery.test_training import LAST, PCGRAD
-from tests.trained import far_apart, go_on_until, run, run_under
+from tests.trained import ROOT, far_apart, go_on_until, run, run_under
 
 pytestmark = pytest.mark.slow
 
@@ -224,6 +229,27 @@ def test_ranks_that_differ_stop_before_the_first_step(tiny: Path, key: str, diff
     assert not (tiny.parent / "run").exists()
 
 
+def dropout_seeds(config: Path, *overrides: str) -> list[int]:
+    """Trains; what each step's dropout was drawn from."""
+    seeds: list[int] = []
+    forward = MultiTaskModel.forward
+
+    def noting(model: MultiTaskModel, *inputs: Any) -> Tensor:
+        if model.training:
+            seeds.append(torch.initial_seed())
+        return forward(model, *inputs)
+
+    with patch.object(MultiTaskModel, "forward", noting):
+        run(config, *overrides)
+    return list(dict.fromkeys(seeds))
+
+
+def test_every_rank_and_step_has_its_own_dropout(tiny: Path) -> None:
+    first, second = on_ranks(2, dropout_seeds, tiny, "log.tensorboard=false")
+    assert len(first) == len(second) == 6
+    assert not set(first) & set(second)
+
+
 def hang_in(where: str, hanging_rank: int, config: Path, *overrides: str) -> None:
     """Trains; one rank hangs in the second call of a function."""
     module, _, name = where.rpartition(".")
@@ -251,6 +277,8 @@ def run_until(step: int, what: str, config: Path, *overrides: str) -> None:
         if made == 3 * step and os.environ["RANK"] == "1":
             if what == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if what == "hangs with Python's lock":
+                ctypes.PyDLL(None).sleep(3600)
             time.sleep(3600)
         return forward(model, *inputs)
 
@@ -295,8 +323,41 @@ def test_a_rank_that_hangs_is_ended_and_shows_where(tiny: Path) -> None:
         on_ranks(2, run_until, 2, "hangs", tiny, *LAST, f"distributed.timeout_s={hang_s}", patience_s=30)
     text = str(error.value)
     assert "rank 1 ended with exit code 1" in text
-    assert f"Timeout ({timedelta(seconds=hang_s)})!" in text
+    assert f"rank 1: no step for {hang_s} s (distributed.timeout_s); where its threads stand:" in text
     assert "in failing" in text  # the line where it slept
+
+
+def test_a_rank_that_hangs_with_pythons_lock_shows_where(tiny: Path) -> None:
+    what = "hangs with Python's lock"
+    with pytest.raises(AssertionError) as error:
+        on_ranks(2, run_until, 2, what, tiny, *LAST, "distributed.timeout_s=6", timeout_s=60, patience_s=15)
+    text = str(error.value)
+    assert "rank 0 ended with exit code 1" in text
+    assert "in failing" in text  # before the others end it
+
+
+def suspended(config: Path, *overrides: str) -> dict[str, Any]:
+    """Trains; in the second step, this rank is suspended for ten seconds."""
+    made = 0
+    forward = MultiTaskModel.forward
+
+    def stopping(model: MultiTaskModel, *inputs: Any) -> Tensor:
+        nonlocal made
+        made += 1
+        if made == 3 + 1:
+            with subprocess.Popen(["sh", "-c", f"sleep 10; kill -CONT {os.getpid()}"]):
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return forward(model, *inputs)
+
+    with patch.object(MultiTaskModel, "forward", stopping):
+        return run(config, *overrides)
+
+
+def test_a_suspended_run_goes_on(tiny: Path) -> None:
+    overrides = [*LAST, "distributed.timeout_s=6"]
+    whole = on_ranks(2, run, tiny, *overrides)
+    for rank, before in zip(on_ranks(2, suspended, tiny, *overrides), whole, strict=True):
+        assert far_apart(rank["parameters"], before["parameters"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -374,6 +435,77 @@ def test_a_signal_that_is_said_again(tiny: Path) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
+def test_ctrl_c_is_heard_once(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Stops(Accelerator(cpu=True)) as stops:
+        with pytest.raises(KeyboardInterrupt):  # no step is done yet
+            signal.raise_signal(signal.SIGINT)
+        assert stops.agreed() is None
+        signal.raise_signal(signal.SIGINT)
+        assert "SIGINT: the run is saved after this step, and ends" in capfd.readouterr().err
+        assert stops.agreed() == signal.SIGINT
+        for again in (signal.SIGINT, signal.SIGTERM):  # as a launcher passes it on
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(again)
+    assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stops(Accelerator(cpu=True)) as stops:
+            signal.raise_signal(signal.SIGHUP)
+            assert stops.agreed() is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def interrupted(config: Path, times: int, *overrides: str) -> None:
+    """Trains; in the third step there comes a Ctrl-C, so many times."""
+    forward, made = MultiTaskModel.forward, 0
+
+    def interrupting(model: MultiTaskModel, *inputs: Any) -> Tensor:
+        nonlocal made
+        made += model.training
+        for _ in range(times if made == 3 * 2 + 1 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return forward(model, *inputs)
+
+    with patch.object(MultiTaskModel, "forward", interrupting):
+        run(config, *overrides, resume="auto")
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["log.tensorboard=false", "evaluate.every_steps=2"]
+    whole = run(tiny, *overrides)["parameters"]
+    shutil.rmtree(tiny.parent / "run")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tiny, 2, *overrides)
+    assert [path.name for path in all_in(tiny.parent / "run" / "checkpoints")] == ["step-00000002"]
+    interrupted(tiny, 1, *overrides)  # of what is left, in the third step again
+    assert "SIGINT: saved after step 5 of 6; go on with --resume auto" in capsys.readouterr().out
+    assert far_apart(run(tiny, *overrides, resume="auto")["parameters"], whole) == 0
+
+
+def test_ctrl_c_under_the_launcher(tiny: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml")]
+    command += ["-m", "mtl_dist", "train", str(tiny), *LAST, "steps=100000", "log.every_steps=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        assert launcher.stdout is not None
+        try:
+            assert any(line.startswith("step 3/") for line in launcher.stdout)
+            launcher.send_signal(signal.SIGINT)  # which the launcher passes on
+            assert re.search(r"SIGINT: saved after step \d+ of 100,000", launcher.stdout.read())
+        finally:
+            launcher.terminate()
+    assert len(all_in(tiny.parent / "run" / "checkpoints")) == 1
+
+
 MOMENTS = {
     "in the data's preparation": "mtl_dist.training.setup.load_data",
     "in an evaluation": "mtl_dist.training.scores.predict",
@@ -383,8 +515,10 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [*product(MOMENTS, [signal.SIGTERM, signal.SIGUSR1]), ("in an evaluation", signal.SIGHUP)],
+)
 def test_a_signal_at_any_moment(tiny: Path, moment: str, number: int, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["log.tensorboard=false", "steps=8", "evaluate.every_steps=2"]
     whole = run(tiny, *overrides)["parameters"]

@@ -8,9 +8,12 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 import yaml
+from accelerate import Accelerator
 
 from mtl_dist.checkpoint import COVERED
 from mtl_dist.config import UserError, load
@@ -49,6 +52,7 @@ def afresh(config: Path) -> None:
     [
         (1, "ddp", []),
         (1, "ddp", [PCGRAD, "mixer={kind: temperature, draws_per_step: 2}", "gradients.every=2"]),
+        (1, "ddp", ["optim.schedule={kind: linear, warmup_steps: 7}"]),  # stopped while it climbs
         (
             2,
             "ddp",
@@ -98,8 +102,9 @@ def test_a_run_goes_on_elsewhere(tiny: Path, legs: list[tuple[int, str]]) -> Non
 
 def test_every_step_of_several_stages(tiny: Path) -> None:
     stages = (
-        "stages=[{name: a, steps: 2}, {name: b, tasks: [mood, near], steps: 2, gradients: {combiner: {kind: pcgrad}}}, "
-        "{name: c, steps: 2, carry_moments: true}]"
+        "stages=[{name: a, steps: 2, schedule: {kind: linear, warmup_steps: 2}}, "
+        "{name: b, tasks: [mood, near], steps: 2, gradients: {combiner: {kind: pcgrad}}}, "
+        "{name: c, steps: 2, schedule: {kind: linear}, carry_moments: true}]"
     )
     overrides = ["log.tensorboard=false", "log.every_steps=1", "steps=null", stages]
     whole = run(tiny, *overrides)
@@ -117,6 +122,29 @@ def test_every_step_of_several_stages(tiny: Path) -> None:
     again = go_on_until(None, "ddp", tiny, *overrides)
     assert again["scores"] == whole["scores"]
     assert told(tiny) == expected
+
+
+def test_the_loss_scale_goes_on(tiny: Path) -> None:
+    fp16 = [*QUICK, "precision=fp16", "evaluate.every_steps=12"]
+
+    def scaling(**options: Any) -> Accelerator:  # which Accelerate does on GPUs only
+        accelerator = Accelerator(**options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=2)
+        accelerator.native_amp = True
+        return accelerator
+
+    def last_state() -> Any:
+        return json.loads((max((tiny.parent / "run" / "checkpoints").iterdir()) / "state.json").read_text())["scaling"]
+
+    with patch("mtl_dist.distributed.Accelerator", scaling), patch("mtl_dist.distributed._check_precision"):
+        whole = run(tiny, *fp16)["parameters"]
+        expected = last_state()
+        assert expected["scale"] == 2.0 ** (6 + 12 / 2)
+        afresh(tiny)
+        go_on_until(5, "ddp", tiny, *fp16)
+        assert (last_state()["scale"], last_state()["_growth_tracker"]) == (2.0**8, 1)
+        assert far_apart(run(tiny, *fp16, resume="auto")["parameters"], whole) == 0
+    assert last_state() == expected
 
 
 def test_checkpoints_without_a_stop(tiny: Path) -> None:

@@ -1,11 +1,13 @@
-# make demo    install, generate the demo corpus, train three tasks on two processes
-# make test    install, then ruff, mypy and pytest: some 20 minutes on two cores; test-fast leaves out what takes long: 5
-# make setup   the install alone; does nothing the second time
+# make demo       install, generate the demo corpus, train three tasks on two processes
+# make test       install, then ruff, mypy and the tests but for the long ones: some 8 minutes on two cores
+# make test-rest  the long ones: every engine with every setting, every launch file, jobs on a SLURM cluster: some 8 more
+# make test-all   both
+# make setup      the install alone; does nothing the second time
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-fast lint clean
+.PHONY: setup demo test test-rest test-all lint clean
 
 setup: .venv/installed
 
@@ -26,10 +28,12 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
 
-test-fast: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --ignore=tests/slurm
+test-rest: setup
+	$(BIN)/python -m pytest -m long
+
+test-all: test test-rest
 
 clean:
 	rm -rf .venv data/demo runs/demo

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.limits import limit
 
@@ -14,6 +15,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from threads that wait for each other
 for launcher in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "RANK", "WORLD_SIZE"):
     os.environ.pop(launcher, None)
+
+# No example is wrong for taking long.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Real data and a pre-trained encoder, where somebody has put them beside the project.
 SHARED = Path(os.environ.get("MTL_DIST_SHARED", Path(__file__).parents[2] / "shared"))

@@ -617,7 +617,7 @@ def mangled(draw: st.DrawFn) -> str:
     return text
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     data=st.binary() | (st.text() | TOKENS | mangled()).map(lambda text: text.encode(errors="surrogatepass")),
     override=st.text() | TOKENS | TOKENS.map("tasks.sst.head=".__add__) | st.just("seed=1"),

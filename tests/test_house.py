@@ -118,9 +118,10 @@ def test_surgery_imports_torch_numpy_and_pydantic_at_most() -> None:
 def test_surgery_adds_less_to_an_import_than_torch_takes() -> None:
     now = "time.perf_counter()"
     code = f"import time; a = {now}; import torch; b = {now}; import mtl_dist.surgery; print(b - a, {now} - b)"
-    shares = []
-    for _ in range(3):
+
+    def share() -> float:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         torch, ours = map(float, done.stdout.split())
-        shares.append(ours / torch)
-    assert min(shares) < 1
+        return ours / torch
+
+    assert any(share() < 1 for _ in range(3))

@@ -224,8 +224,9 @@ def ended_well(training: subprocess.Popen[str], tiny: Path) -> str:
 
 
 @without_gpu
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "deepspeed_zero2" else pytest.mark.long) for name in RUN]
+)
 def test_two_cpu_processes_train_with_the_file(name: str, tiny: Path) -> None:
     out = ended_well(starting(name, tiny, "--num_processes", "2"), tiny)
     assert f"2 processes on CPU, 1 thread(s) each, {RUN[name]}, bf16" in out
@@ -233,13 +234,13 @@ def test_two_cpu_processes_train_with_the_file(name: str, tiny: Path) -> None:
 
 
 @without_gpu
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_process_trains_with_the_file_for_one_gpu(tiny: Path) -> None:
     assert "1 process on CPU" in ended_well(starting("single_gpu", tiny), tiny)
 
 
 @without_gpu
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_machines_train_together(tiny: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

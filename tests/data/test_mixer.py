@@ -146,7 +146,7 @@ def reads_every_row_each_epoch(mixer: Mixer) -> bool:
 
 @every_mixer
 @given(sizes=some_sizes, epochs=st.integers(0, 9))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_epochs_take_as_many_steps_as_their_rows_need(mixer: Mixer, sizes: Sizes, epochs: int) -> None:
     order = mixer.order(sizes, SEED, epochs=1, steps=100)
     steps = order.steps_of(Fraction(epochs))
@@ -187,7 +187,6 @@ def test_sequential_draws_one_task_after_the_other() -> None:
 
 @pytest.mark.parametrize("mixer", [RoundRobin(when_dry="drop_out"), Sequential()], ids=["drop out", "sequential"])
 @given(sizes=some_sizes)
-@settings(deadline=None)
 def test_an_epoch_has_the_draws_that_begin_in_it(mixer: Mixer, sizes: Sizes) -> None:
     order = mixer.order(sizes, SEED, 5)
     for epoch in range(5):
@@ -198,7 +197,6 @@ def test_an_epoch_has_the_draws_that_begin_in_it(mixer: Mixer, sizes: Sizes) -> 
 
 
 @given(sizes=st.dictionaries(st.sampled_from("abcdef"), st.builds(Size, st.integers(1, 9), st.just(1)), min_size=1))
-@settings(deadline=None)
 def test_drop_out_goes_round_those_that_are_left(sizes: Sizes) -> None:
     left = {task: size.rows for task, size in sizes.items()}
     turns = []
@@ -409,7 +407,6 @@ def test_the_draws_of_a_task_are_numbered(mixer: Mixer) -> None:
 
 @pytest.mark.parametrize("mixer", FIXED.values(), ids=FIXED)
 @given(sizes=some_sizes)
-@settings(deadline=None)
 def test_the_draws_of_a_task_are_numbered_whatever_the_sizes(mixer: Mixer, sizes: Sizes) -> None:
     assert_numbered_without_gap_or_repeat(drawn(mixer.order(sizes, SEED, 1, steps=100)))
 
@@ -429,7 +426,6 @@ def test_a_step_is_the_same_wherever_an_order_starts(mixer: Mixer) -> None:
 
 @pytest.mark.parametrize("mixer", FIXED.values(), ids=FIXED)
 @given(sizes=some_sizes, asked=st.lists(st.integers(0, 150), min_size=1))
-@settings(deadline=None)
 def test_fixed_orders_can_be_asked_for_any_step(mixer: Mixer, sizes: Sizes, asked: list[int]) -> None:
     going_on, jumping = (mixer.order(sizes, SEED, 1, steps=151) for _ in range(2))
     steps = [going_on.draws(step) for step in range(151)]
@@ -444,7 +440,7 @@ def test_random_draws_alone_depend_on_the_seed_and_the_stage(mixer: Mixer) -> No
 
 @every_mixer
 @given(sizes=some_sizes, steps=st.integers(0, 60))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_expected_draws_are_all_draws(mixer: Mixer, sizes: Sizes, steps: int) -> None:
     order = mixer.order(sizes, SEED, 1, steps=steps)
     counts, expected = Counter(tasks(drawn(order))), order.expected()
@@ -508,7 +504,6 @@ weights = st.floats(1e-3, 1e3)
 
 
 @given(weights_K=st.lists(weights, min_size=1, max_size=12))
-@settings(deadline=None)
 def test_after_any_number_of_balanced_draws_each_task_is_within_one_of_its_quota(weights_K: list[float]) -> None:
     p_K = np.array(weights_K) / sum(weights_K)
     assert off_quota(p_K[None], [0], draws=500) < 1 + 1e-5
@@ -519,7 +514,6 @@ def test_after_any_number_of_balanced_draws_each_task_is_within_one_of_its_quota
     lengths=st.lists(st.integers(0, 120), max_size=6),
     data=st.data(),
 )
-@settings(deadline=None)
 def test_the_quota_may_change_on_the_way(num_tasks: int, lengths: list[int], data: st.DataObject) -> None:
     table = st.lists(weights, min_size=num_tasks, max_size=num_tasks)
     weight_EK = np.array([data.draw(table) for _ in range(len(lengths) + 1)])
@@ -541,7 +535,6 @@ def test_balanced_draws_by_hand() -> None:
 
 
 @given(ulps=st.lists(st.integers(-3, 3), min_size=4, max_size=4))
-@settings(deadline=None)
 def test_another_processors_rounding_changes_no_balanced_draw(ulps: list[int]) -> None:
     p_K = np.array([8, 4, 2, 1]) / 15
     nearly_K = p_K + np.array(ulps) * np.spacing(p_K)

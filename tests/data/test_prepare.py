@@ -110,7 +110,7 @@ def test_tokens_are_the_tokenizers_own(
     assert (truncated > 0) == (max_length == 8)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(texts=st.lists(st.tuples(st.text(), st.text(LETTERS + " ")), max_size=12))
 def test_any_text_is_tokenised_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, texts: list[tuple[str, str]]

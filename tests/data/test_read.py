@@ -175,7 +175,6 @@ TABLES = st.integers(1, 4).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(table=TABLES, format=st.sampled_from(["csv", "tsv"]), quote_all=st.booleans())
 def test_what_the_csv_module_writes_comes_back(
     folder: Path, table: list[list[str]], format: str, quote_all: bool
@@ -196,7 +195,7 @@ def test_what_the_csv_module_writes_comes_back(
 CHUNKS = st.sampled_from([b'"', b'""', b",", b"\t", b"\n", b"\r\n", b"a", b"1", b"{", b"}", b":", b"\xe9", b"\0", b"["])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     start=st.sampled_from([b"", b"\xef\xbb\xbf", b"a,b\n", b"a\tb\n", b'{"a": 1}\n']),
     content=st.binary() | st.lists(CHUNKS).map(b"".join),

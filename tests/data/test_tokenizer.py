@@ -111,7 +111,7 @@ sentences = st.lists(st.sampled_from(["a", "b", "cats", "unknown"]), max_size=12
 
 
 @given(pairs=st.lists(st.tuples(sentences, sentences), min_size=1, max_size=4), max_length=st.integers(5, 16))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_inputs_are_cut_as_transformers_cuts_them(
     tokenizer: Tokenizer, pairs: list[tuple[str, str]], max_length: int
 ) -> None:

@@ -597,7 +597,6 @@ def run_without_room(config: Path, *overrides: str) -> dict[str, Any]:
         return run(config, *overrides)
 
 
-@pytest.mark.slow
 def test_a_best_model_that_one_rank_cannot_save_is_none_on_all(tiny: Path) -> None:
     first, second = on_ranks(2, run_without_room, tiny, *QUICK)
     assert first["scores"] == second["scores"]

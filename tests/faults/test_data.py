@@ -299,7 +299,6 @@ def _scores_of_one_row(config: Path) -> dict[str, Any]:
     return train(load(Experiment, config, ["steps=2", *(f"tasks.{task}.dev=one-{task}.tsv" for task in TASKS)]))
 
 
-@pytest.mark.slow
 def test_fewer_rows_than_ranks(tiny: Path) -> None:
     for task in TASKS:
         lines = (tiny.parent / f"{task}-train.tsv").read_text().splitlines()[:2]

@@ -272,7 +272,7 @@ def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch, taken_port: 
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_launcher_takes_another_port(tiny: Path, taken_port: str) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", taken_port]
     launch += ["--config_file", str(Path(__file__).parents[2] / "accelerate_configs" / "cpu_2proc.yaml")]

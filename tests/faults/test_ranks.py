@@ -39,8 +39,6 @@ from tests.limits import limit
 from tests.surgery.test_training import LAST, PCGRAD
 from tests.trained import ROOT, far_apart, go_on_until, run, run_under
 
-pytestmark = pytest.mark.slow
-
 
 def poisoned(
     task: str, calls: list[int], engine: str, config: Path, *overrides: str, factor: float = math.nan, **options: Any
@@ -363,8 +361,8 @@ def test_a_suspended_run_goes_on(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "rank"),
     [
-        ("mtl_dist.training.scores.eval_batches", 1),
-        ("mtl_dist.data.batches.make_batch", 1),
+        pytest.param("mtl_dist.training.scores.eval_batches", 1, marks=pytest.mark.long),
+        pytest.param("mtl_dist.data.batches.make_batch", 1, marks=pytest.mark.long),
         ("mtl_dist.training.books.save_model", 0),
     ],
 )

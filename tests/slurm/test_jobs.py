@@ -20,7 +20,7 @@ PCGRAD = "gradients.combiner={kind: pcgrad}"
 # Steps are reported one by one, so that a test knows where a run is. A checkpoint can only come from a stop.
 TRAINING = ["precision=fp32", "log={every_steps: 1, tensorboard: false}", "checkpoint.every_steps=1000"]
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment, GradientsConfig
 from mtl_dist.studies.plan import Plan, StageCost, cost_of, plan, tables, timed_run
 from mtl_dist.training.setup import load_data
+from tests.distributed import on_ranks
 
 # 205 words, 64 positions, 2 segments and a norm of width 32; two layers of 4,224 + 4,192 + 128; a pooler of 32 x 33.
 ENCODER = 271 * 32 + 64 + 2 * 8544 + 1056
@@ -240,14 +239,17 @@ def test_measured_times(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "estimated time" in capsys.readouterr().out
 
 
+def printed(*arguments: str) -> str:
+    """What a command prints on this rank."""
+    with redirect_stdout(io.StringIO()) as output:
+        assert main(arguments) == 0
+    return output.getvalue()
+
+
 def test_two_processes_measure_and_one_talks(tiny: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--config_file", str(Path(__file__).parents[2] / "accelerate_configs" / "cpu_2proc.yaml")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
-    command = [*launch, "-m", "mtl_dist", "plan", str(tiny), "--measure", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
+    first, second = on_ranks(2, printed, "plan", str(tiny), "--measure", "--json")
+    assert second == ""
+    plan = json.loads(first)
     assert plan["ranks"] == 2
     assert plan["seconds"] > 0
     assert plan["stages"][0]["cost"]["bytes_sent_per_step"] == 4 * (ENCODER + HEADS)

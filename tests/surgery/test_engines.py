@@ -17,19 +17,22 @@ from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD, last_records, written_out
 from tests.trained import ENGINES, far_apart, run, run_under
 
-pytestmark = pytest.mark.slow
-
 SPLIT = [engine for engine in ENGINES if engine != "ddp"]
 UNIFORM = ["gradients.accumulation=3", "mixer={kind: uniform}"]
 # Weight decay on every parameter would move whatever has a gradient, were it zero.
 ALL_DECAY = ["optim.weight_decay=0.5", "optim.rules=[{match: '.*'}]"]
 
 
-@pytest.mark.parametrize("engine", SPLIT)
 @pytest.mark.parametrize(
-    ("world", "changes"),
-    [(2, ["gradients.clip_norm=null"]), (4, UNIFORM)],
-    ids=["joint", "uniform, accumulated, clipped"],
+    ("engine", "world", "changes"),
+    [
+        pytest.param(engine, world, changes, id=f"{name}-{engine}", marks=[] if engine in short else pytest.mark.long)
+        for name, world, changes, short in (
+            ("joint", 2, ["gradients.clip_norm=null"], ("fsdp2", "zero3")),
+            ("uniform, accumulated, clipped", 4, UNIFORM, ("zero1", "zero2")),
+        )
+        for engine in SPLIT
+    ],
 )
 def test_pcgrad_is_algorithm_1(tiny: Path, engine: str, world: int, changes: list[str]) -> None:
     overrides = [*LAST, "steps=20", PCGRAD, *changes]
@@ -99,7 +102,16 @@ def test_stages_and_scores(tiny: Path, engine: str) -> None:
         assert near == pytest.approx(same, abs=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "ddp",
+        "fsdp2",
+        "zero2",
+        pytest.param("zero1", marks=pytest.mark.long),
+        pytest.param("zero3", marks=pytest.mark.long),
+    ],
+)
 def test_bf16_on_ranks_is_as_near_to_one_as_bf16_is_to_fp32(tiny: Path, engine: str) -> None:
     # Of all methods this one goes farthest from the sum: farther than bf16 rounds.
     overrides = [*LAST, "gradients.combiner={kind: mgda}", "steps=20"]
@@ -140,7 +152,13 @@ def rows_of_a_run(engine: str, config: Path, *overrides: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("engine", "reduce"),
-    [("ddp", "all_reduce"), ("ddp", "reduce_scatter"), ("zero2", ""), ("zero3", ""), ("fsdp2", "")],
+    [
+        ("ddp", "reduce_scatter"),
+        ("zero2", ""),
+        pytest.param("ddp", "all_reduce", marks=pytest.mark.long),
+        pytest.param("zero3", "", marks=pytest.mark.long),
+        pytest.param("fsdp2", "", marks=pytest.mark.long),
+    ],
 )
 def test_sixty_four_tasks_in_a_step(tiny: Path, engine: str, reduce: str) -> None:
     config = many_tasks(tiny, 64)

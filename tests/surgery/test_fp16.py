@@ -26,7 +26,6 @@ from tests.surgery.test_training import LAST, PCGRAD, last_records
 from tests.trained import far_apart, run
 
 FP16 = ["precision=fp16", "log.every_steps=1"]
-pytestmark = pytest.mark.slow
 
 SCALE = 2.0**10
 

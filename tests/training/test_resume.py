@@ -23,8 +23,6 @@ from mtl_dist.training.loop import train
 from tests.distributed import on_ranks
 from tests.trained import far_apart, go_on_until, run
 
-pytestmark = pytest.mark.slow
-
 PCGRAD = "gradients.combiner={kind: pcgrad}"
 QUICK = ["log.tensorboard=false", "log.every_steps=3", "steps=12", "evaluate.every_steps=4"]
 
@@ -60,8 +58,8 @@ def afresh(config: Path) -> None:
         ),
         (2, "ddp", ["gradients.combiner={kind: famo}", "mixer={kind: annealed}", "precision=bf16"]),
         (2, "fsdp2", [PCGRAD, "mixer={kind: uniform}"]),
-        (2, "zero1", [PCGRAD, "mixer={kind: uniform}", "precision=bf16"]),
-        (2, "zero2", [PCGRAD, "mixer={kind: uniform}"]),
+        pytest.param(2, "zero1", [PCGRAD, "mixer={kind: uniform}", "precision=bf16"], marks=pytest.mark.long),
+        pytest.param(2, "zero2", [PCGRAD, "mixer={kind: uniform}"], marks=pytest.mark.long),
         (2, "zero3", [PCGRAD, "mixer={kind: uniform}", "precision=bf16"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -223,13 +224,15 @@ def test_measured_times(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", str(tiny)]) == 0
     capsys.readouterr()
     before = sorted(tiny.parent.rglob("*"))
+    start = time.perf_counter()
     assert main(["plan", str(tiny), STAGES, "steps=null", "evaluate.best_by=mood", "--measure", "--json"]) == 0
+    took = time.perf_counter() - start
     plan = json.loads(capsys.readouterr().out)
     assert sorted(tiny.parent.rglob("*")) == before
 
     in_turn, short, idle = plan["stages"]
     for stage in (in_turn, short):
-        assert 0 < stage["seconds_per_step"] < 60
+        assert 0 < stage["seconds_per_step"] < took
         assert stage["seconds"] == pytest.approx(stage["steps"] * stage["seconds_per_step"])
         assert stage["tokens_per_second"] == pytest.approx(stage["tokens"] / stage["seconds"])
     assert (idle["seconds_per_step"], idle["seconds"]) == (None, 0)

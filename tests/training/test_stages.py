@@ -179,7 +179,7 @@ def saved_bytes_and_seconds(config: Path, trains: str) -> tuple[int, float]:
         model("mood", batch.packed).sum().backward()
         seconds.append(time.process_time() - start)
     assert all((p.grad is None) == (trains == "heads") for p in model.encoder.layers.parameters())
-    return sum(saved.values()), median(seconds)
+    return sum(saved.values()), min(seconds)  # as other work may slow some
 
 
 def test_a_frozen_encoder_computes_no_gradients(tiny: Path) -> None:

@@ -115,7 +115,7 @@ def _one_works_for_long(engine: str, timeout_s: float, per_node: int) -> list[An
     return [rank, finished, told]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("engine", "per_node"), [("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("ddp", 1)])
 def test_who_works_for_long_is_waited_for(engine: str, per_node: int) -> None:
     nodes = 2 if engine == "ddp" else 1
@@ -139,7 +139,7 @@ def _fails_at_work(failing_rank: int, how: str, timeout_s: float) -> None:
         first_then_others(accelerator, work)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("failing_rank", "how", "timeout_s", "message"),
     [
@@ -186,7 +186,7 @@ with processes(DistributedConfig(), None):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("error", ["ValueError", "UserError"])
 def test_who_fails_beside_one_that_hangs_ends_at_once(error: str) -> None:
     # In processes of their own, because Python's exit could hang too.

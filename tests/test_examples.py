@@ -31,7 +31,7 @@ from mtl_dist.distributed import _let_accelerate_use_cpus
 from tests.distributed import on_ranks
 from tests.trained import far_apart
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 WORLD, PARTS = 2, 2
 STEPS = len(accelerate_two_heads.reviews()) // (8 * WORLD * PARTS)

@@ -4,7 +4,6 @@ The meter counts what happens between two reports; alarms say where losses and g
 the judge scores the dev sets and keeps the best model; recorder and screen tell.
 """
 
-import json
 import math
 import os
 import time
@@ -12,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -28,8 +26,7 @@ from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import place
 from mtl_dist.distributed import Watchdog, on_one
 from mtl_dist.experiment import Experiment, Stage
-from mtl_dist.files import faults
-from mtl_dist.model.multitask import BEST, MODEL_FILES, SCORES, MultiTaskModel, save_model
+from mtl_dist.model.multitask import BEST, MultiTaskModel, save_model, saved_scores
 from mtl_dist.surgery.conflict import Conflict, mean_of
 from mtl_dist.training.engine import Stepped
 from mtl_dist.training.scores import Scores, deciding_score, main_scores, score_all
@@ -358,16 +355,6 @@ class Judge:
                 self.screen.line(self.unsaved)
 
 
-def saved_scores(folder: Path) -> Any:
-    """The scores of the model in a folder, if there is a whole one."""
-    if faults(folder, MODEL_FILES):
-        return None
-    try:
-        return json.loads((folder / SCORES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 class Books:
     """The books of a run."""
 
@@ -390,8 +377,7 @@ class Books:
             state = run.resumed.state
             self.meter.load(state["meter"])
             self.alarms.load(state["alarms"])
-            if run.goes_on_here:  # elsewhere the best model was left behind
-                self.judge.load(state)
+            self.judge.load(state)
 
     def __enter__(self) -> Self:
         self.screen.__enter__()

@@ -37,7 +37,7 @@ def train(config: Experiment, overwrite: bool = False, resume: str = "never", al
         run = set_up(accelerator, config, lock, overwrite, resume, allow_changes)
         with Books(run) as books, Saver(accelerator, config, run.about, books.screen.line) as saver:
             stop = None
-            for stage in run.stages[run.first_stage :]:
+            for stage in run.stages[run.first[0] :]:
                 stop = train_stage(run, stage, books, saver, stops)
                 if stop:
                     break

@@ -32,11 +32,14 @@ from mtl_dist.training.folder import Splits, start_run_folder
 from mtl_dist.training.resume import (
     OF_A_NODE,
     about,
+    carried_moments,
     changes,
     checkpoint_to_resume,
     compared,
     load_weights,
     moments_of,
+    place_of,
+    take_best_along,
 )
 from mtl_dist.watch.screen import counting, make_console, plain_table
 
@@ -56,7 +59,6 @@ class Run:
     orders: list[Order]
     about: dict[str, Any]  # what its checkpoints say of it
     resumed: Checkpoint | None  # what it goes on from
-    goes_on_here: bool  # in the folder in which it began
 
     model: MultiTaskModel
     done: int = 0  # steps
@@ -67,17 +69,19 @@ class Run:
         return sum(order.steps for order in self.orders)
 
     @property
-    def first_stage(self) -> int:
-        """The number of the stage in which it begins or goes on."""
-        return 0 if self.resumed is None else int(self.resumed.state["stage"])
+    def first(self) -> tuple[int, int]:
+        """The number of the stage, and its step, with which it begins or goes on."""
+        if self.resumed is None:
+            return 0, 0
+        return place_of(self.resumed, [order.steps for order in self.orders])
 
     def goes_on_in(self, stage: Stage) -> bool:
         """Whether it was saved within this stage, or at its end."""
-        return self.resumed is not None and stage.number == self.first_stage
+        return self.resumed is not None and stage.number == self.first[0]
 
     def first_step(self, stage: Stage) -> int:
         """The step of a stage with which it begins or goes on."""
-        return int(self.resumed.state["step"]) if self.resumed is not None and self.goes_on_in(stage) else 0
+        return self.first[1] if self.goes_on_in(stage) else 0
 
 
 def set_up(
@@ -98,13 +102,10 @@ def set_up(
     # First of all the lock: whoever has the folder may still be saving.
     on_one(accelerator, lambda: lock.take(folder, 120 if auto else 0, console.print))
     resumed = on_one(accelerator, lambda: checkpoint_to_resume(resume, now, folder, allow_changes, console.print))
-    if resumed is not None and resumed.state["stage"] >= len(stages):
-        raise UserError(
-            f"{resumed.path}: was saved in stage {resumed.state['stage'] + 1}, the config has only {len(stages)}; give "
-            "the stages that were done as well, or begin anew from its best model: encoder.from"
-        )
     goes_on_here = on_one(accelerator, lambda: start_run_folder(config, splits, overwrite or auto, resumed))
-    run = Run(accelerator, config, console, tokenizer, splits, stages, orders, now, resumed, goes_on_here, model)
+    if resumed is not None and not goes_on_here:
+        on_one(accelerator, lambda: take_best_along(resumed, folder))
+    run = Run(accelerator, config, console, tokenizer, splits, stages, orders, now, resumed, model)
 
     console.print(data_table(splits))
     for line in train_rows_in_dev(splits["train"], splits["dev"]):
@@ -120,9 +121,7 @@ def _go_on(run: Run, resumed: Checkpoint, allow_changes: bool) -> None:
     """Puts a run where it was when it was saved."""
     run.done = resumed.step
     first_then_others(run.accelerator, lambda: load_weights(resumed, run.model, allow_changes))
-    named = dict(run.model.named_parameters())
-    moments = moments_of(resumed, "carried")
-    run.carried = {named[name]: state for name, state in moments.items() if name in named}  # tasks may be gone
+    run.carried = carried_moments(resumed, run.model)
     run.console.print(f"going on after step {run.done:,} of {resumed.path}", highlight=False)
     if (table := changes(resumed, run.about)) is not None:
         run.console.print(table)

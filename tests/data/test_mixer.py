@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from fractions import Fraction
 from heapq import heappop, heappush
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -581,3 +581,25 @@ def test_a_draw_among_a_thousand_tasks_costs_some_moves_in_a_heap(mixer: Mixer) 
 def test_short_epochs_cost_no_more(mixer: Mixer) -> None:
     sizes = {f"t{k}": Size(1 + k % 32, 32) for k in range(1000)}  # about 500 draws an epoch
     assert heap_moves_per_draw(mixer, sizes) < 10  # about 3
+
+
+# Anybody's loaders
+
+
+def test_names_over_loaders_are_those_of_their_batches() -> None:
+    loaders = {"sst": range(6), "sts": range(2), "nli": 4}
+    order = Temperature(temperature=1, draws_per_step=2, draw="balanced").order_over(loaders, seed=3, epochs=2)
+    steps = list(order.names())
+    assert len(steps) == order.steps == 12
+    assert Counter(chain.from_iterable(steps)) == {"sst": 12, "sts": 4, "nli": 8}
+    # After a resume, and on another rank: the same.
+    again = Temperature(temperature=1, draws_per_step=2, draw="balanced").order_over(loaders, seed=3, epochs=2)
+    assert list(again.names(start=7)) == steps[7:]
+    assert list(RoundRobin().order_over({"a": 2, "b": 1}).names()) == [["a"], ["b"], ["a"], ["b"]]
+
+
+def test_loaders_without_a_length_and_other_tasks_are_refused() -> None:
+    with pytest.raises(UserError, match="the loader of 'sst' has no length; give its batches of an epoch instead"):
+        Uniform().order_over({"sst": iter([])})  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=r"mixer\.p names sst; the tasks are sst, sts; name each of them once"):
+        Explicit(p={"sst": 1.0}).order_over({"sst": 3, "sts": 3})

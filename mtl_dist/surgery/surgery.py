@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any, Literal
 
 import numpy as np
@@ -79,6 +80,10 @@ class Surgery:
         """
         if isinstance(combiner, str):
             settings["combiner"] = combiner
+        elif not isinstance(combiner, GramCombiner | LossCombiner):
+            raise UserError(
+                f"Surgery: combiner is {combiner!r}; give a method's name, 'pcgrad', or an object, PCGrad()"
+            )
         self.config = made(SurgeryConfig, "Surgery", **settings)
         if not isinstance(combiner, str):  # which may be of a class of one's own
             self.config = self.config.model_copy(update={"combiner": combiner})
@@ -114,12 +119,15 @@ class Surgery:
         self.rows.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers by name: `accelerator.register_for_checkpointing(surgery)` saves them."""
-        return {"step": self.number, "combiner": self.state}
+        """Numbers by name: `accelerator.register_for_checkpointing(surgery)` saves them.
+
+        What a combiner remembers of gradients is on rank 0 alone, which decides on the weights.
+        """
+        return {"step": self.number, "combiner": deepcopy(self.state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on with what `state_dict` once gave."""
-        self.number, self.state = state["step"], state["combiner"]
+        self.number, self.state = state["step"], deepcopy(state["combiner"])
 
     # -------------------------------------------------------------------------------------------- for loops of others
 
@@ -141,7 +149,7 @@ class Surgery:
             left, tasks, losses = len(losses), list(losses), losses.items()
             if last or self.rows.scattered:  # else nothing is averaged yet
                 self._refuse_other_tasks([*self.reached, *tasks])
-        for task, loss in losses:
+        for task, loss in _by_name(losses):
             left -= 1
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 raise UserError(f"task '{task}': its loss must be one number that depends on trained parameters")
@@ -159,6 +167,8 @@ class Surgery:
                         f"task '{task}': its loss shares a forward pass with one that is done; {way_out}"
                     ) from error
         if last:
+            if not self.rows.tasks:
+                raise UserError(f"step {self.number} has no losses; give it those of one task at least")
             self.observe(self._mean_losses())
             self._combine()
             if self.rows.steps:
@@ -335,6 +345,16 @@ class Surgery:
         return weights_SK
 
 
+def _by_name(losses: Any) -> Iterator[tuple[str, Any]]:
+    """Pairs, after checking that they are some."""
+    for pair in [losses] if isinstance(losses, Tensor) else losses:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise UserError(
+                "each task's loss comes by its name: surgery.backward({'TASK': loss, ...}), and not their sum"
+            )
+        yield pair
+
+
 def unwrapped(model: Any) -> nn.Module:
     """A model without DDP, DeepSpeed and torch.compile around it."""
     while True:
@@ -366,6 +386,8 @@ def _rows_class(model: Any, reduce: str) -> type[Rows]:
 
 def _prefixes(shared: Sequence[str], module: nn.Module) -> tuple[str, ...]:
     """What the names of shared parameters start with."""
+    if not shared:
+        raise UserError("shared names nothing; name the submodules that the tasks share, or '' for the whole model")
     for path in shared:
         try:
             module.get_submodule(path)

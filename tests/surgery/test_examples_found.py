@@ -1,0 +1,95 @@
+"""What the examples and the documentation of the library brought to light.
+
+python -m pytest tests/surgery/test_examples_found.py
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mtl_dist import Surgery, UserError
+from mtl_dist.surgery import GradVac, PCGrad
+from mtl_dist.surgery.surgery import by_layer
+from tests.distributed import on_ranks
+
+
+class Model(nn.Module):
+    """Two tasks that want the opposite of one body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.BatchNorm1d(8))
+        self.up, self.down = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.body(x)
+        return {"up": (self.up(hidden) - 1).square().mean(), "down": (self.down(hidden) + 1).square().mean()}
+
+
+def rows() -> Tensor:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+    return x[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def refusal(made: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as error:
+        made()
+    return str(error.value)
+
+
+# --------------------------------------------------------------------------------------------- what a loop gets wrong
+
+
+def test_losses_come_by_name() -> None:
+    model = Model()
+    surgery = Surgery(model, shared="body")
+    for wrong in (sum(model(rows()).values()), list(model(rows()).values()), [("up",)]):
+        assert refusal(lambda wrong=wrong: surgery.backward(wrong)) == (
+            "each task's loss comes by its name: surgery.backward({'TASK': loss, ...}), and not their sum"
+        )
+
+
+def test_a_step_has_losses() -> None:
+    surgery = Surgery(Model(), shared="body")
+    assert refusal(lambda: surgery.backward({})) == "step 0 has no losses; give it those of one task at least"
+
+
+def test_shared_names_something() -> None:
+    assert refusal(lambda: Surgery(Model(), shared=[])) == (
+        "shared names nothing; name the submodules that the tasks share, or '' for the whole model"
+    )
+
+
+@pytest.mark.parametrize("combiner", [PCGrad, {"kind": "pcgrad"}, None])
+def test_a_combiner_is_a_name_or_an_object(combiner: Any) -> None:
+    # Anything else would have been plain training, and nobody told.
+    assert refusal(lambda: Surgery(Model(), combiner, shared="body")) == (
+        f"Surgery: combiner is {combiner!r}; give a method's name, 'pcgrad', or an object, PCGrad()"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- state
+
+
+def test_a_state_stays_as_it_was_taken() -> None:
+    model = Model()
+    surgery = Surgery(model, GradVac(beta=0.5), shared="body")
+    surgery.backward(model(rows()))
+    taken = surgery.state_dict()
+    before = repr(taken)
+    other = Surgery(Model(), GradVac(beta=0.5), shared="body")
+    other.load_state_dict(taken)
+    model.zero_grad()
+    surgery.backward(model(rows()))
+    assert repr(taken) == before == repr(other.state_dict()) != repr(surgery.state_dict())

@@ -68,7 +68,21 @@ class Replicated(Rows):
     def start(self) -> None:
         """Begins a step."""
         super().start()
+        trained = (*self.shared, *self.rest)
+        self._refuse_left_over(parameter.grad for parameter in trained if parameter.grad is not None)
+        self._clear()
+
+    def give_up(self) -> None:
+        """Leaves a step that failed."""
+        super().give_up()
+        self._clear()
+        self.begins = True
+
+    def _clear(self) -> None:
         self.open.clear()
+        self.late.clear()
+        for parameter in (*self.shared, *self.rest):
+            parameter.grad = None
 
     @contextmanager
     def micro_batch(self, averages: bool) -> Iterator[None]:
@@ -157,10 +171,18 @@ class Scattered(Replicated):
 
     def __init__(self, model: Any, shared: Parameters, rest: Parameters, dtype: torch.dtype, scaler: Any) -> None:
         super().__init__(model, shared, rest, dtype, scaler)
+        self._empty()
+
+    def _empty(self) -> None:
         # One is on its way while the next visit fills the other.
-        self.buffers = [torch.zeros(self.width * self.world, dtype=dtype, device=self.device) for _ in range(2)]
+        self.buffers = [torch.zeros(self.width * self.world, dtype=self.dtype, device=self.device) for _ in range(2)]
         self.on_the_way: list[tuple[dist.Work, int, Tensor] | None] = [None, None]
         self.turn = 0
+
+    def give_up(self) -> None:
+        """Leaves a step that failed."""
+        super().give_up()
+        self._empty()
 
     def _held(self, ends: list[int]) -> tuple[list[int], int]:
         width = -(-ends[-1] // self.world)

@@ -36,6 +36,16 @@ class Sharded(Rows):
     def start(self) -> None:
         """Begins a step."""
         super().start()
+        trained = (*self.shared, *self.rest)
+        self._refuse_left_over(local(parameter.grad) for parameter in trained if parameter.grad is not None)
+        self._clear()
+
+    def give_up(self) -> None:
+        """Leaves a step that failed."""
+        super().give_up()
+        self._clear()
+
+    def _clear(self) -> None:
         for parameter in (*self.shared, *self.rest):
             parameter.grad = None
 

@@ -87,6 +87,20 @@ class Rows(ABC):
         """Begins a step."""
         self.tasks, self.own, self.dropped = [], [], set()
 
+    def give_up(self) -> None:
+        """Leaves a step that failed."""
+        # What is on its way may never come, if only this rank failed: the next step takes other tensors.
+        self.rows, self.pending = [], []
+
+    def _refuse_left_over(self, gradients: Iterable[Tensor]) -> None:
+        """Refuses to begin a step over gradients that are not zero: they would be lost, or counted twice."""
+        found = [gradient.any() for gradient in gradients]
+        if found and torch.stack(found).any():
+            raise UserError(
+                "there are gradients of the step before: clear them after each step, with optimizer.zero_grad(); where "
+                "micro-batches add up, give last=False with all but the last"
+            )
+
     @contextmanager
     def micro_batch(self, averages: bool) -> Iterator[None]:
         """Around a backward pass, and forward if one can; whether the engine averages what has come together."""

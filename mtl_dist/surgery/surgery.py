@@ -143,6 +143,10 @@ class Surgery:
             last = True if self.accelerator is None else self.accelerator.sync_gradients
         if not self.in_step:
             self._begin(self.number)
+        with self._or_give_up():
+            self._backward(losses, last)
+
+    def _backward(self, losses: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], last: bool) -> None:
         parts = 1 if self.accelerator is None or self.rows.steps else self.accelerator.gradient_accumulation_steps
         left = 0
         if isinstance(losses, Mapping):
@@ -201,8 +205,9 @@ class Surgery:
         self._refuse_other_tasks(tasks)
         self.by_engine = self.rows.sums and not self.apart
         self.last_task = tasks[-1]
-        yield
-        self._combine()
+        with self._or_give_up():
+            yield
+            self._combine()
 
     @contextmanager
     def task(self, task: str, last: bool = False) -> Iterator[None]:
@@ -240,6 +245,16 @@ class Surgery:
         return self.rows.dropped
 
     # ------------------------------------------------------------------------------------------------ what a step does
+
+    @contextmanager
+    def _or_give_up(self) -> Iterator[None]:
+        """Who catches what fails here, out of memory say, begins the step anew."""
+        try:
+            yield
+        except BaseException:
+            self.in_step = False
+            self.rows.give_up()
+            raise
 
     def _begin(self, number: int) -> None:
         self.number = number

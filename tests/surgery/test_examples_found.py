@@ -51,6 +51,21 @@ def refusal(made: Callable[[], object]) -> str:
 # --------------------------------------------------------------------------------------------- what a loop gets wrong
 
 
+@pytest.mark.parametrize("zero", [False, True], ids=["none", "zeros"])
+def test_gradients_that_were_not_cleared_are_refused(zero: bool) -> None:
+    # A loop that accumulates and says nothing of it: every micro-batch would be a step, and but the last be lost.
+    model = Model()
+    surgery = Surgery(model, shared="body")
+    surgery.backward(model(rows()))
+    assert refusal(lambda: surgery.backward(model(rows()))) == (
+        "there are gradients of the step before: clear them after each step, with optimizer.zero_grad(); where "
+        "micro-batches add up, give last=False with all but the last"
+    )
+    model.zero_grad(set_to_none=not zero)
+    surgery.backward(model(rows()))
+    assert surgery.number == 2
+
+
 def test_losses_come_by_name() -> None:
     model = Model()
     surgery = Surgery(model, shared="body")
@@ -77,6 +92,64 @@ def test_a_combiner_is_a_name_or_an_object(combiner: Any) -> None:
     assert refusal(lambda: Surgery(Model(), combiner, shared="body")) == (
         f"Surgery: combiner is {combiner!r}; give a method's name, 'pcgrad', or an object, PCGrad()"
     )
+
+
+# ---------------------------------------------------------------------------------------------- a step that is given up
+
+
+def failing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield "up", model(rows())["up"]
+    raise MemoryError
+
+
+def after_a_failure(**settings: Any) -> list[Tensor]:
+    """The gradients of a step, whose first attempt fails with a micro-batch and a task behind it."""
+    model: nn.Module = Model()
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(model)
+    surgery = Surgery(model, shared="body", **settings)
+    surgery.backward(model(rows()), last=False)
+    with pytest.raises(MemoryError):
+        surgery.backward(failing(model), last=True)
+    surgery.backward(model(rows()))
+    assert surgery.number == 1
+    return gradients(model)
+
+
+def test_a_step_that_failed_leaves_nothing_behind() -> None:
+    fresh = Model()
+    Surgery(fresh, shared="body").backward(fresh(rows()))
+    for ours, theirs in zip(after_a_failure(), gradients(fresh), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_step_that_knew_its_tasks_leaves_nothing_behind() -> None:
+    model, fresh = Model(), Model()
+    surgery = Surgery(model, shared="body")
+    with pytest.raises(MemoryError), surgery.step(0, ["up", "down"]), surgery.task("up"):
+        with surgery.micro_batch(last=True) as backward:
+            backward(model(rows())["up"])
+        raise MemoryError
+    surgery.backward(model(rows()))
+    Surgery(fresh, shared="body").backward(fresh(rows()))
+    for ours, theirs in zip(gradients(model), gradients(fresh), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_step_that_failed_leaves_nothing_behind_on_ranks() -> None:
+    averaged, scattered = (on_ranks(2, after_on_ranks, reduce) for reduce in ("all_reduce", "reduce_scatter"))
+    for rank in (*averaged, *scattered):
+        for ours, theirs, fresh in zip(rank[0], averaged[0][0], rank[1], strict=True):
+            torch.testing.assert_close(ours, fresh)
+            torch.testing.assert_close(ours, theirs)
+
+
+def after_on_ranks(reduce: str) -> tuple[list[Tensor], list[Tensor]]:
+    failed = after_a_failure(reduce=reduce)
+    model = DistributedDataParallel(Model())
+    Surgery(model, shared="body", reduce=reduce).backward(model(rows()))
+    return failed, gradients(model)
 
 
 # -------------------------------------------------------------------------------------------------------------- state

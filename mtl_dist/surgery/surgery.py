@@ -105,8 +105,9 @@ class Surgery:
         self.layers = layers if self.config.measure == "layers" else None
         self.groups = groups_of(self.names, self.config, layers)
         rest = [name for name in trained if not name.startswith(prefixes)]
-        self.rows: Rows = _rows_class(model, self.config.reduce)(
-            model,
+        engine = _without_compile(model)  # Accelerate compiles what DDP has wrapped
+        self.rows: Rows = _rows_class(engine, self.config.reduce)(
+            engine,
             [trained[name] for name in self.names],
             [trained[name] for name in rest],
             torch.bfloat16 if self.config.buffer_dtype == "bf16" else torch.float32,
@@ -372,13 +373,16 @@ def _by_name(losses: Any) -> Iterator[tuple[str, Any]]:
 
 def unwrapped(model: Any) -> nn.Module:
     """A model without DDP, DeepSpeed and torch.compile around it."""
-    while True:
-        if isinstance(model, DistributedDataParallel) or _is_deepspeed(model):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model  # type: ignore[no-any-return]
+    model = _without_compile(model)
+    while isinstance(model, DistributedDataParallel) or _is_deepspeed(model):
+        model = _without_compile(model.module)
+    return model  # type: ignore[no-any-return]
+
+
+def _without_compile(model: Any) -> Any:
+    while "_orig_mod" in getattr(model, "_modules", ()):  # DeepSpeed's engine would say that it has what its module has
+        model = model._orig_mod
+    return model
 
 
 def _is_deepspeed(model: Any) -> bool:

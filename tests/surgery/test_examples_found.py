@@ -166,3 +166,28 @@ def test_a_state_stays_as_it_was_taken() -> None:
     model.zero_grad()
     surgery.backward(model(rows()))
     assert repr(taken) == before == repr(other.state_dict()) != repr(surgery.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------------- compilation
+
+
+def compiled_around_ddp() -> list[list[Tensor]]:
+    """The gradients of a model that is compiled as Accelerate does it, and of one that is not."""
+    dist.init_process_group("gloo")
+    found = []
+    for compiles in (False, True):
+        model: Any = DistributedDataParallel(Model())
+        called = torch.compile(model, backend="aot_eager") if compiles else model
+        surgery = Surgery(called, shared="body")
+        for _ in range(2):
+            model.zero_grad()
+            surgery.backward(called(rows()))
+        called(rows())  # the buffers that a step begins with are the first rank's
+        found.append([*gradients(model), *(buffer.clone() for buffer in model.buffers())])
+    return found
+
+
+def test_a_model_may_be_compiled_around_ddp() -> None:
+    for eager, compiled in on_ranks(2, compiled_around_ddp):
+        for ours, theirs in zip(compiled, eager, strict=True):
+            torch.testing.assert_close(ours, theirs)

@@ -431,11 +431,17 @@ def groups_of(names: Sequence[str], config: SurgeryConfig, layers: Mapping[str, 
 def by_layer(names: Sequence[str], prefixes: tuple[str, ...]) -> dict[str, list[int]]:
     """The places of parameters by the layer that they belong to: `embeddings`, `encoder.layer.0`, ...
 
-    A layer is what stands before a name's first number, and the number; or a part of the shared module.
+    A layer is what stands before a name's first number, and the number; or a part of the shared module; or, of several
+    shared ones, what each has outside of its numbered layers.
     """
     layers: dict[str, list[int]] = {}
     for place, name in enumerate(names):
-        inside = name if len(prefixes) > 1 else name.removeprefix(*prefixes)
+        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        inside = name.removeprefix(prefix)
         numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", inside)
-        layers.setdefault(numbered[0] if numbered else inside.split(".")[0], []).append(place)
+        if len(prefixes) == 1:
+            layer = numbered[0] if numbered else inside.split(".")[0]
+        else:
+            layer = prefix + numbered[0] if numbered else prefix.removesuffix(".")
+        layers.setdefault(layer, []).append(place)
     return layers

@@ -94,6 +94,18 @@ def test_a_combiner_is_a_name_or_an_object(combiner: Any) -> None:
     )
 
 
+def test_layers_of_several_shared_modules() -> None:
+    names = [
+        "bert.embeddings.word.weight",
+        "bert.embeddings.norm.bias",
+        "bert.encoder.layer.0.a",
+        "bert.encoder.layer.1.a",
+    ]
+    layers = by_layer(names, ("bert.embeddings.", "bert.encoder."))
+    assert layers == {"bert.embeddings": [0, 1], "bert.encoder.layer.0": [2], "bert.encoder.layer.1": [3]}
+    assert by_layer(names, ("bert.",)) == {"embeddings": [0, 1], "encoder.layer.0": [2], "encoder.layer.1": [3]}
+
+
 # ---------------------------------------------------------------------------------------------- a step that is given up
 
 

@@ -103,11 +103,9 @@ class Replicated(Rows):
             give(flat_P, self.shared)
         yield
         if not self.pointed:
-            start = 0
-            for parameter in self.shared:
+            for parameter, stretch in zip(self.shared, stretches(flat_P, self.shared), strict=True):
                 if parameter.grad is not None:
-                    flat_P[start : start + parameter.numel()].add_(parameter.grad.reshape(-1))
-                start += parameter.numel()
+                    stretch.add_(parameter.grad)
         for parameter in self.shared:
             parameter.grad = None
         self._take_own(k)
@@ -143,13 +141,13 @@ class Replicated(Rows):
     def deposit(self, weights_SK: Tensor, reached: Set[nn.Parameter]) -> None:
         """Makes the combination of the rows, and the sum of what is not combined, the gradients of the parameters."""
         self.begins = True
-        ours, rest = self.summed_own(), [parameter for parameter in self.rest if parameter in reached]
+        ours = self.summed_own()
+        # In one piece, in which every rank has a place for what any of them reached.
+        rest = [parameter for parameter in self.rest if parameter in reached] if self.world > 1 else []
         flat = torch.zeros(sum(parameter.numel() for parameter in rest), device=self.device)
-        start = 0
-        for parameter in rest:
+        for parameter, stretch in zip(rest, stretches(flat, rest), strict=True):
             if parameter in ours:
-                flat[start : start + parameter.numel()].copy_(ours[parameter].reshape(-1))
-            start += parameter.numel()
+                stretch.copy_(ours[parameter])
         if rest:
             self._average(flat)
         give(self.whole(self.combined(weights_SK)), self.shared)
@@ -158,6 +156,9 @@ class Replicated(Rows):
                 parameter.grad = None
         self.finish()
         give(flat, rest)
+        if self.world == 1:
+            for parameter, gradient in ours.items():
+                parameter.grad = gradient
 
     def whole(self, combined_N: Tensor) -> Tensor:
         """The combined gradient of all columns."""
@@ -174,8 +175,7 @@ class Scattered(Replicated):
         self._empty()
 
     def _empty(self) -> None:
-        # One is on its way while the next visit fills the other.
-        self.buffers = [torch.zeros(self.width * self.world, dtype=self.dtype, device=self.device) for _ in range(2)]
+        self.buffers: list[Tensor] = []  # one is on its way while the next visit fills the other
         self.on_the_way: list[tuple[dist.Work, int, Tensor] | None] = [None, None]
         self.turn = 0
 
@@ -193,6 +193,9 @@ class Scattered(Replicated):
     def _to_fill(self, k: int, new: bool) -> Tensor:
         self.turn = 1 - self.turn
         self._land(self.turn)
+        if not self.buffers:
+            whole = self.width * self.world
+            self.buffers = [torch.empty(whole, dtype=self.dtype, device=self.device) for _ in range(2)]
         self.into_N = self.rows[k] if new else torch.empty_like(self.rows[k])
         return self.buffers[self.turn].zero_()
 
@@ -212,8 +215,8 @@ class Scattered(Replicated):
     def finish(self) -> None:
         """Waits for the reductions that are under way."""
         super().finish()
-        self._land(0)
-        self._land(1)
+        self._land(1 - self.turn)  # the older one first: a later visit of its task adds to it
+        self._land(self.turn)
 
     def whole(self, combined_N: Tensor) -> Tensor:
         """The combined gradient of all columns."""
@@ -238,8 +241,21 @@ def _refuse(ddp: DistributedDataParallel) -> None:
 
 def give(flat: Tensor, parameters: Parameters) -> None:
     """Makes stretches of a flat tensor the gradients of parameters; copies them where the precision is another."""
+    for parameter, stretch in zip(parameters, stretches(flat, parameters), strict=True):
+        parameter.grad = stretch.to(parameter.dtype)
+
+
+def stretches(flat: Tensor, parameters: Parameters) -> Iterator[Tensor]:
+    """The stretches of a flat tensor as the parameters lie in memory, because optimizers may go by that."""
     start = 0
     for parameter in parameters:
         stretch = flat[start : start + parameter.numel()]
-        parameter.grad = stretch.view_as(parameter).to(parameter.dtype)
         start += parameter.numel()
+        by_channel = any(
+            parameter.dim() == dims and parameter.is_contiguous(memory_format=memory_format)
+            for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d))
+        )
+        if by_channel:
+            yield stretch.as_strided(parameter.size(), parameter.stride(), stretch.storage_offset())
+        else:
+            yield stretch.view_as(parameter)

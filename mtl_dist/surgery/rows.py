@@ -192,10 +192,14 @@ class Rows(ABC):
         """The inner products of the tasks' gradients, for each shared parameter: (S, K, K) in fp64 on the CPU."""
         rows = self.rows[: len(self.tasks)]
         grams_SKK = torch.zeros(len(self.slices), len(rows), len(rows), dtype=torch.float64, device=self.device)
+        longest = max((columns.stop - columns.start for columns in self.slices), default=0)
+        chunk_KC = grams_SKK.new_empty(len(rows), min(CHUNK, longest))  # in fp32, squares over- and underflow
         for gram_KK, columns in zip(grams_SKK, self.slices, strict=True):
-            for part in range(columns.start, columns.stop, CHUNK):
-                here = slice(part, min(part + CHUNK, columns.stop))
-                x = torch.stack([row[here] for row in rows]).double()  # in fp32, squares over- and underflow
+            for start in range(columns.start, columns.stop, CHUNK):
+                stop = min(start + CHUNK, columns.stop)
+                x = chunk_KC[:, : stop - start]
+                for part, row in zip(x, rows, strict=True):
+                    part.copy_(row[start:stop])
                 gram_KK += x @ x.T
         if self.scattered and self.world > 1:
             dist.all_reduce(grams_SKK, group=self.group)

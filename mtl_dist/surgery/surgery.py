@@ -99,12 +99,17 @@ class Surgery:
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         if not trained:
             raise UserError("the model has nothing to train: every parameter is frozen")
-        prefixes = _prefixes([shared] if isinstance(shared, str) else shared, module)
-        self.names = [name for name in trained if name.startswith(prefixes)]  # of the shared parameters
-        layers = by_layer(self.names, prefixes)
+        paths = [shared] if isinstance(shared, str) else list(shared)
+        ours = _parameters_of(paths, module)  # by themselves: tied ones have another part's name
+        self.names = [name for name, parameter in trained.items() if parameter in ours]  # of the shared parameters
+        if not self.names and (self.config.operates or self.config.measure):
+            raise UserError(f"nothing of what the tasks share is trained: shared is {', '.join(paths)}")
+        if any(isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse for part in module.modules()):
+            raise UserError("an embedding has sparse gradients, which have no inner products; set sparse=False")
+        layers = by_layer(self.names, tuple(f"{path}." if path else "" for path in paths))
         self.layers = layers if self.config.measure == "layers" else None
         self.groups = groups_of(self.names, self.config, layers)
-        rest = [name for name in trained if not name.startswith(prefixes)]
+        rest = [name for name, parameter in trained.items() if parameter not in ours]
         engine = _without_compile(model)  # Accelerate compiles what DDP has wrapped
         self.rows: Rows = _rows_class(engine, self.config.reduce)(
             engine,
@@ -160,7 +165,7 @@ class Surgery:
                 raise UserError(f"task '{task}': its loss must be one number that depends on trained parameters")
             weight = self.loss_weights([task])[task]
             if isinstance(self.config.combiner, LossCombiner):
-                self.losses.setdefault(task, []).append(loss.detach())
+                self.losses.setdefault(task, []).append(loss.detach() / (parts * self._divided_later()))
             with self.task(task, last), self.rows.micro_batch(self.rows.averaged_by_engine):
                 try:
                     self._add(task, loss * (weight / parts), retain_graph=left > 0 and self.rows.retains)
@@ -174,16 +179,20 @@ class Surgery:
         if last:
             if not self.rows.tasks:
                 raise UserError(f"step {self.number} has no losses; give it those of one task at least")
-            self.observe(self._mean_losses())
             self._combine()
+            self.observe(self._mean_losses())
             if self.rows.steps:
                 self.rows.model.step()
+
+    def _divided_later(self) -> int:
+        """What DeepSpeed divides losses by, where others do that themselves."""
+        return int(self.rows.model.gradient_accumulation_steps()) if self.rows.steps else 1
 
     def _mean_losses(self) -> dict[str, float]:
         """Each task's mean loss over the step's micro-batches and the ranks, where the combiner asks for it."""
         if not self.losses:
             return {}
-        means = torch.stack([torch.stack(values).float().mean() for values in self.losses.values()])
+        means = torch.stack([torch.stack(values).float().sum() for values in self.losses.values()])
         if self.rows.world > 1:
             dist.all_reduce(means.div_(self.rows.world), group=self.rows.group)
         return dict(zip(self.losses, means.tolist(), strict=True))
@@ -203,7 +212,8 @@ class Surgery:
         the sum, with the last micro-batch of the last task.
         """
         self._begin(number)
-        self._refuse_other_tasks(tasks)
+        if self.apart:
+            self._refuse_other_tasks(tasks)
         self.by_engine = self.rows.sums and not self.apart
         self.last_task = tasks[-1]
         with self._or_give_up():
@@ -260,7 +270,8 @@ class Surgery:
     def _begin(self, number: int) -> None:
         self.number = number
         self.in_step = True
-        self.apart = bool(self.names) and (self.config.operates_in(number) or bool(self.config.measure))
+        wanted = self.config.operates_in(number) or bool(self.config.measure) or self.drop_nonfinite
+        self.apart = bool(self.names) and wanted
         self.by_engine = False
         self.reached: dict[str, set[nn.Parameter]] = {}
         self.lost: dict[str, Tensor] = {}  # whether some loss of a task was no number
@@ -297,12 +308,13 @@ class Surgery:
         self.number += 1
 
     def _drop(self, grams_SKK: Tensor, lost: Set[str]) -> None:
-        """Leaves out the tasks whose gradients are no numbers.
+        """Leaves out the tasks whose losses or gradients are no numbers.
 
         Where losses are scaled, gradients of finite losses may overflow. These stay: the scaler has to see them.
         """
         for k, task in enumerate(self.rows.tasks):
-            if not grams_SKK[:, k, k].sum().isfinite() and (task in lost or self.rows.loss_scale <= 1):
+            finite = grams_SKK[:, k, k].sum().isfinite()
+            if task in lost or not (finite or self.rows.loss_scale > 1):
                 self.rows.drop(task)
                 grams_SKK[:, k] = grams_SKK[:, :, k] = 0
 
@@ -403,17 +415,18 @@ def _rows_class(model: Any, reduce: str) -> type[Rows]:
     return Scattered if reduce == "reduce_scatter" and many else Replicated
 
 
-def _prefixes(shared: Sequence[str], module: nn.Module) -> tuple[str, ...]:
-    """What the names of shared parameters start with."""
+def _parameters_of(shared: Sequence[str], module: nn.Module) -> set[nn.Parameter]:
+    """The parameters of some submodules."""
     if not shared:
         raise UserError("shared names nothing; name the submodules that the tasks share, or '' for the whole model")
+    found: set[nn.Parameter] = set()
     for path in shared:
         try:
-            module.get_submodule(path)
+            found |= set(module.get_submodule(path).parameters())
         except AttributeError:
             parts = ", ".join(name for name, _ in module.named_children())
             raise UserError(f"shared names '{path}', which the model has not; it has {parts}") from None
-    return tuple(f"{path}." if path else "" for path in shared)
+    return found
 
 
 def groups_of(names: Sequence[str], config: SurgeryConfig, layers: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
@@ -436,10 +449,10 @@ def by_layer(names: Sequence[str], prefixes: tuple[str, ...]) -> dict[str, list[
     """
     layers: dict[str, list[int]] = {}
     for place, name in enumerate(names):
-        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
         inside = name.removeprefix(prefix)
         numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", inside)
-        if len(prefixes) == 1:
+        if len(prefixes) == 1 or not prefix:
             layer = numbered[0] if numbered else inside.split(".")[0]
         else:
             layer = prefix + numbered[0] if numbered else prefix.removesuffix(".")

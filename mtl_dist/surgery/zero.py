@@ -124,6 +124,11 @@ class Partitioned(Rows):
     def _group(self) -> Any:
         return self.zero.dp_process_group
 
+    def close(self) -> None:
+        """Lets go of the model, whose engine counts its micro-batches again."""
+        super().close()
+        self.model.set_gradient_accumulation_boundary(None)
+
     def start(self) -> None:
         """Begins a step."""
         super().start()

@@ -381,11 +381,9 @@ class Books:
 
     def __enter__(self) -> Self:
         self.screen.__enter__()
-        self.watchdog.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.watchdog.__exit__(*exception)
         self.screen.__exit__(*exception)
 
     def state(self) -> dict[str, Any]:

@@ -35,7 +35,11 @@ def train(config: Experiment, overwrite: bool = False, resume: str = "never", al
         lost_ranks(),
     ):
         run = set_up(accelerator, config, lock, overwrite, resume, allow_changes)
-        with Books(run) as books, Saver(accelerator, config, run.about, books.screen.line) as saver:
+        with (
+            Books(run) as books,
+            Saver(accelerator, config, run.about, books.screen.line) as saver,
+            books.watchdog,
+        ):
             stop = None
             for stage in run.stages[run.first[0] :]:
                 stop = train_stage(run, stage, books, saver, stops)
@@ -68,7 +72,7 @@ def train_stage(run: Run, stage: Stage, books: Books, saver: Saver, stops: Stops
             saver.save(run.done, engine, run.carried, state)
 
     meter.start_clock()
-    stop = None
+    stop, more = None, any(order.steps for order in run.orders[stage.number + 1 :])
     evaluations = (step for step in evaluation_steps(run.config, trainer.order) if step > start)
     next_evaluation = next(evaluations, end)
     steps = range(start, end)
@@ -82,21 +86,21 @@ def train_stage(run: Run, stage: Stage, books: Books, saver: Saver, stops: Stops
         if evaluated := step + 1 == next_evaluation:
             next_evaluation = next(evaluations, end)
             evaluate()
-        if run.done < run.total_steps:  # else there is nothing to stop
+        if not last or more:  # else there is nothing to stop
             stop = stops.agreed()
         if last or stop or saver.is_due(run.done, evaluated):
             save(step + 1)
         if stop:
-            break
+            return stop
     # Where there is nothing to train, the model is scored all the same, unless that was done before the run stopped.
     if start >= end and not (run.goes_on_in(stage) and books.judge.is_up_to_date):
         evaluate()
         save(end)
-    if any(later.carry_moments for later in run.stages[stage.number + 1 :]):
-        run.carried |= trainer.optimizer.state
+    carried = any(later.carry_moments for later in run.stages[stage.number + 1 :])
+    run.carried = run.carried | trainer.optimizer.state if carried else {}
     trainer.surgery.close()
     run.model = engine.close()
-    return stop
+    return None
 
 
 def train_step(run: Run, trainer: Trainer, step: int, draws: list[Draw], batches: list[Batch], books: Books) -> None:

@@ -26,6 +26,7 @@ from mtl_dist.experiment import Experiment, Stage
 from mtl_dist.model.multitask import MultiTaskModel
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.optim import build_optimizer
+from mtl_dist.surgery.combiners import Sum
 from mtl_dist.surgery.surgery import Surgery, by_layer, groups_of
 from mtl_dist.training.engine import Engine, start_engine
 from mtl_dist.training.folder import Splits, start_run_folder
@@ -204,12 +205,11 @@ def start_stage(run: Run, stage: Stage) -> Trainer:
         parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
         optimizer.state.update({p: run.carried[p] for p in parameters if p in run.carried})
     engine = start_engine(accelerator, run.model, optimizer, stage.gradients.clip_norm, run.model.apart())
+    settings = stage.gradients.of_surgery()
+    if not any(parameter.requires_grad for parameter in run.model.get_submodule(SHARED).parameters()):
+        settings |= {"combiner": Sum() if stage.gradients.operates else stage.gradients.combiner, "measure": False}
     surgery = Surgery(
-        engine.model,
-        shared=SHARED,
-        accelerator=accelerator,
-        seed=(run.config.seed, stage.number),
-        **stage.gradients.of_surgery(),
+        engine.model, shared=SHARED, accelerator=accelerator, seed=(run.config.seed, stage.number), **settings
     )
     if run.resumed is not None and run.first_step(stage) > 0:
         engine.restore(moments_of(run.resumed, "moments"))

@@ -718,3 +718,76 @@ def test_a_combiner_of_ones_own() -> None:
         loop.surgery.backward(loop.losses(0, TASKS, 0))
         gradients.append(loop.module.body.layer[0].weight.grad)
     torch.testing.assert_close(gradients[0], 2 * gradients[1])
+
+
+def one_task_scattered() -> list[dict[str, Tensor]]:
+    loop = Loop("ddp", parts=2, reduce="reduce_scatter")
+    loop.train(tasks_of=lambda step: TASKS[: 1 + step % 2])
+    return [loop.parameters()]
+
+
+def test_the_parts_of_one_task_add_up_wherever_they_land() -> None:
+    expected = written_out(lambda step: TASKS[: 1 + step % 2])
+    for (found,) in on_ranks(2, one_task_scattered):
+        assert far_apart(found, expected) < 1e-6
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
+    def gradients(memory_format: torch.memory_format, **settings: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"body": nn.Conv2d(3, 4, 3), "head": nn.Conv2d(4, 2, 2)}).to(memory_format=memory_format)
+        surgery = Surgery(model, shared="body", **settings)
+        raw = model["head"](model["body"](torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))))
+        surgery.backward({"a": raw[:, 0].square().mean(), "b": -raw.mean() + raw[:, 1].square().mean()})
+        assert all(p.grad is not None and p.grad.stride() == p.stride() for p in model.parameters())
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for settings, bound in (({}, 1e-6), ({"buffer_dtype": "bf16"}, 1e-2)):
+        by_rows, by_channel = (
+            gradients(memory_format, **settings) for memory_format in (torch.contiguous_format, torch.channels_last)
+        )
+        for ours, theirs in zip(by_channel, by_rows, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
+
+
+def test_tied_parameters_are_shared_under_any_name() -> None:
+    model = Model()
+    model.first_name = model.body.layer  # which named_parameters() gives in the place of the other
+    model._modules["body"] = model._modules.pop("body")
+    surgery = Surgery(model, shared="body")
+    assert {name.split(".")[0] for name in surgery.names} == {"first_name", "body"}
+
+
+def test_what_cannot_be_combined_is_refused() -> None:
+    frozen = Model()
+    frozen.body.requires_grad_(False)
+    assert refusal(lambda: Surgery(frozen, shared="body")) == (
+        "nothing of what the tasks share is trained: shared is body"
+    )
+    sparse = nn.ModuleDict({"body": nn.Embedding(4, 2, sparse=True), "head": nn.Linear(2, 2)})
+    assert refusal(lambda: Surgery(sparse, shared="body")).startswith("an embedding has sparse gradients")
+
+
+@pytest.mark.parametrize("combiner", ["sum", "uncertainty"])
+def test_tasks_are_dropped_from_plain_steps_too(combiner: str) -> None:
+    loop = Loop("one process", combiner=combiner, drop_nonfinite=True)
+    losses = loop.losses(0, TASKS, 0)
+    loop.surgery.backward({**losses, "sts": losses["sts"] * float("nan")})
+    assert loop.surgery.dropped == {"sts"}
+    assert all(p.grad is None or p.grad.isfinite().all() for p in loop.module.parameters())
+
+
+def weighted_losses(engine: str) -> list[dict[str, Any]]:
+    states = []
+    for parts in (1, 2):
+        loop = Loop(engine, parts=parts, combiner="uncertainty")
+        loop.train(lazily=True)
+        states.append(loop.surgery.state["losses"])
+        loop.surgery.close()
+    return states
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_weights_of_losses_do_not_depend_on_accumulation(engine: str) -> None:
+    for whole, accumulated in on_ranks(2, weighted_losses, engine):
+        assert accumulated == pytest.approx(whole, rel=1e-4) and whole["sts"] != 0

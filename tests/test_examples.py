@@ -4,6 +4,9 @@ python -m pytest tests/test_examples.py
 """
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
@@ -29,7 +32,7 @@ from mtl_dist import Surgery
 from mtl_dist.data.mixer import Temperature
 from mtl_dist.distributed import _let_accelerate_use_cpus
 from tests.distributed import on_ranks
-from tests.trained import far_apart
+from tests.trained import ROOT, far_apart
 
 pytestmark = pytest.mark.long
 
@@ -260,3 +263,53 @@ def test_vision(tmp_path: Path) -> None:
         torch.testing.assert_close(pcgrad[0]["buffers"][name], buffer, rtol=1e-5, atol=1e-5)
     check_resumed(straight, resumed)
     assert len(straight[0]["state"]["combiner"]["shared"]) == 6  # GradVac remembers each pair both ways
+
+
+# ----------------------------------------------------------------------------------------------- on the command line
+
+
+@pytest.mark.parametrize("name", ["accelerate_two_heads", "trainer", "vision_torch"])
+def test_the_command_for_cpus_runs(tmp_path: Path, name: str) -> None:
+    said = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    (torchrun .*|accelerate launch .*cpu_2proc.*)$", said, re.MULTILINE)
+    for folder in ("examples", "accelerate_configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    program, *arguments = command.split()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    program = Path(sys.executable).with_name(program)
+    done = subprocess.run([program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cosine" in done.stdout.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------------ torch.compile
+
+
+def test_compiled() -> None:
+    batch = default_collate(accelerate_two_heads.reviews()[:16])
+    found = []
+    for compiles in (False, True):
+        model = accelerate_two_heads.TwoHeads()
+        if compiles:
+            model.bert.compile(backend="aot_eager")
+        surgery = Surgery(model, "pcgrad", shared="bert")
+        surgery.backward(model(**batch))
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert far_apart(*found) < 1e-6
+
+
+def test_compiled_for_one_loss_and_used_for_two() -> None:
+    batch = default_collate(accelerate_two_heads.reviews()[:16])
+    for donates in (True, False):
+        torch._dynamo.reset()
+        with torch._functorch.config.patch(donated_buffer=donates):
+            model = accelerate_two_heads.TwoHeads()
+            model.bert.compile(backend="aot_eager")
+            surgery = Surgery(model, "pcgrad", shared="bert")
+            surgery.backward({"topic": model(**batch)["topic"]})
+            model.zero_grad()
+            if donates:
+                with pytest.raises(RuntimeError, match=r"set torch._functorch.config.donated_buffer=False"):
+                    surgery.backward(model(**batch))
+            else:
+                surgery.backward(model(**batch))

@@ -433,8 +433,16 @@ def test_a_signal_that_is_said_again(tiny: Path) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
-def test_ctrl_c_is_heard_once(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """What a shell starts in the background ignores Ctrl-C, and pytest may be that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+def test_ctrl_c_is_heard_once(capfd: pytest.CaptureFixture[str]) -> None:
     with Stops(Accelerator(cpu=True)) as stops:
         with pytest.raises(KeyboardInterrupt):  # no step is done yet
             signal.raise_signal(signal.SIGINT)
@@ -445,7 +453,7 @@ def test_ctrl_c_is_heard_once(tiny: Path, capfd: pytest.CaptureFixture[str]) -> 
         for again in (signal.SIGINT, signal.SIGTERM):  # as a launcher passes it on
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(again)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -477,6 +485,7 @@ def interrupted(config: Path, times: int, *overrides: str) -> None:
         run(config, *overrides, resume="auto")
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["log.tensorboard=false", "evaluate.every_steps=2"]
     whole = run(tiny, *overrides)["parameters"]

@@ -316,6 +316,9 @@ class Judge:
         """Goes on from these scores, if they can be compared and the model is there; every rank must ask for it."""
         best = state["best"]
         if best and best["tasks"].keys() != self.splits.keys():
+            self.screen.line(
+                f"{BEST}, of step {best['step']}, has scores of other tasks: the next one scored replaces it"
+            )
             return
         self.after_stage, self.unsaved = state["after_stage"], state["unsaved"]
         if on_one(self.accelerator, lambda: saved_scores(self.config.output_dir / BEST)) == best:

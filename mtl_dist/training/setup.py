@@ -201,17 +201,16 @@ def start_stage(run: Run, stage: Stage) -> Trainer:
     """
     accelerator, order = run.accelerator, run.orders[stage.number]
     optimizer = stage_optimizer(run.model, stage, accelerator.device.type)
-    if stage.carry_moments:
-        parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-        optimizer.state.update({p: run.carried[p] for p in parameters if p in run.carried})
     engine = start_engine(accelerator, run.model, optimizer, stage.gradients.clip_norm, run.model.apart())
+    if stage.carry_moments:
+        engine.restore({name: run.carried[p] for name, p in run.model.named_parameters() if p in run.carried})
     settings = stage.gradients.of_surgery()
     if not any(parameter.requires_grad for parameter in run.model.get_submodule(SHARED).parameters()):
         settings |= {"combiner": Sum() if stage.gradients.operates else stage.gradients.combiner, "measure": False}
     surgery = Surgery(
         engine.model, shared=SHARED, accelerator=accelerator, seed=(run.config.seed, stage.number), **settings
     )
-    if run.resumed is not None and run.first_step(stage) > 0:
+    if run.resumed is not None and stage.number == run.resumed.state["stage"] and run.first_step(stage) > 0:
         engine.restore(moments_of(run.resumed, "moments"))
         engine.restore_scaling(run.resumed.state["scaling"])
         surgery.state = run.resumed.state["combiner"]

@@ -650,10 +650,16 @@ def test_fewer_steps_than_were_trained(tiny: Path, saved: Path) -> None:
     assert (saved.parent / "metrics.jsonl").read_text() == before
 
 
-def test_a_finished_run_taken_elsewhere_is_scored_there(tiny: Path, saved: Path) -> None:
+def test_a_finished_run_taken_elsewhere_has_its_best_model_there(tiny: Path, saved: Path) -> None:
+    best = json.loads((saved.parent / "best" / "scores.json").read_text())
     there = run(tiny, *QUICK, f"output_dir={tiny.parent / 'there'}", resume=str(saved))
-    assert there["scores"]["step"] == 8
+    assert there["scores"] == best
     assert (tiny.parent / "there" / "best" / "scores.json").exists()
+    # Where it is lost, the last one is scored.
+    shutil.rmtree(saved.parent / "best")
+    again = run(tiny, *QUICK, f"output_dir={tiny.parent / 'elsewhere'}", resume=str(saved))
+    assert again["scores"]["step"] == 8
+    assert (tiny.parent / "elsewhere" / "best" / "scores.json").exists()
 
 
 def test_a_dev_set_that_came_later(tiny: Path) -> None:

@@ -16,10 +16,10 @@ import yaml
 from accelerate import Accelerator
 
 from mtl_dist.checkpoint import COVERED
+from mtl_dist.cli import main
 from mtl_dist.config import UserError, load
 from mtl_dist.experiment import Experiment
 from mtl_dist.files import write_sums
-from mtl_dist.model.multitask import MODEL_FILES
 from mtl_dist.training.loop import train
 from tests.distributed import on_ranks
 from tests.trained import far_apart, go_on_until, run
@@ -233,39 +233,42 @@ def test_other_labels_or_words_are_other_rows(tiny: Path) -> None:
     assert refused() == "their file, columns, labels, tokenizer or longest length has changed"
 
 
-CARRIED = "stages=[{name: first, steps: 2}, {name: second, steps: 4, carry_moments: true}]"
+CARRIES = ["log.tensorboard=false", "steps=null", "stages=[{name: a, steps: 2}, {steps: 2, carry_moments: true}]"]
 
 
-def test_a_run_that_carries_moments_goes_on_without_a_task(tiny: Path) -> None:
-    # Saved in the first stage, with moments for the second; and within that.
-    for stop in (3, 2):
-        if stop == 2:
-            afresh(tiny)
-        go_on_until(stop, "ddp", tiny, *QUICK, "steps=null", CARRIED, "checkpoint.every_steps=1")
-        left = load(Experiment, without(tiny, "near"), [*QUICK, "steps=null", CARRIED])
-        assert train(left, resume="auto", allow_changes=True)["tasks"].keys() == {"mood", "same"}
+def test_a_task_less_in_a_run_that_carries_moments(tiny: Path) -> None:
+    go_on_until(3, "ddp", tiny, *CARRIES)
+    less = load(Experiment, without(tiny, "mood"), CARRIES)
+    assert train(less, resume="auto", allow_changes=True)["tasks"].keys() == {"same", "near"}
 
 
-def test_a_run_that_had_more_stages_is_at_its_end(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trained = run(tiny, *QUICK, "steps=null", CARRIED)
-    checkpoint = max((tiny.parent / "run" / "checkpoints").iterdir())
-    elsewhere = [*QUICK, "steps=2", f"output_dir={tiny.parent / 'other'}"]
-    there = run(tiny, *elsewhere, resume=str(checkpoint))
-    assert "the run is finished: nothing is left to train" in capsys.readouterr().out
-    assert there["scores"]["tasks"] == trained["scores"]["tasks"]
-    assert far_apart(there["kept"], trained["kept"]) == 0
+def test_a_stage_less_than_were_trained(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fewer = [*CARRIES[:2], "stages=[{name: a, steps: 2}]"]
+    best = run(tiny, *CARRIES)["scores"]
+    there = f"output_dir={tiny.parent / 'there'}"
+    assert run(tiny, *fewer, there, resume=str(tiny.parent / "run"))["scores"] == best
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert run(tiny, *fewer, resume="auto")["scores"] == best
+    # With other tasks it is scored as it stands.
+    less = load(Experiment, without(tiny, "mood"), fewer)
+    scores = train(less, resume="auto", allow_changes=True)
+    assert (scores["step"], scores["tasks"].keys()) == (4, {"same", "near"})
+    assert "has scores of other tasks" in capsys.readouterr().out
 
 
-def test_the_best_model_comes_along_to_another_folder(tiny: Path) -> None:
-    run(tiny, *QUICK, "steps=8", "checkpoint.keep=9")
-    first = tiny.parent / "run" / "checkpoints" / "step-00000008"
-    best = json.loads((first / "state.json").read_text())["best"]
-    perfect = best | {"overall_a": 2.0}  # which no later model beats
-    state = json.loads((first / "state.json").read_text())
-    (first / "state.json").write_text(json.dumps(state | {"best": perfect}))
-    write_sums(first, COVERED)
-    (tiny.parent / "run" / "best" / "scores.json").write_text(json.dumps(perfect))
-    write_sums(tiny.parent / "run" / "best", MODEL_FILES)
-    there = run(tiny, *QUICK, "steps=12", f"output_dir={tiny.parent / 'other'}", resume=str(first))
-    assert there["scores"] == perfect
-    assert json.loads((tiny.parent / "other" / "best" / "scores.json").read_text()) == perfect
+def test_the_best_model_comes_along(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = run(tiny, *QUICK, "checkpoint.keep=9")
+    best = whole["scores"]
+    of_best = tiny.parent / "run" / "checkpoints" / f"step-{best['step']:08d}"
+    no_better = [*QUICK, "steps=16", "optim.lr=1e-12", f"output_dir={tiny.parent / 'there'}"]
+    again = run(tiny, *no_better, resume=str(of_best))
+    assert again["scores"] == best
+    assert far_apart(again["kept"], whole["kept"]) == 0
+    assert main(["verify", str(tiny.parent / "there")]) == 0
+    assert "the next one scored replaces it" not in capsys.readouterr().out
+    # One that came later, or is damaged, is left behind.
+    heads = tiny.parent / "run" / "best" / "heads.safetensors"
+    heads.write_bytes(heads.read_bytes()[:-1])
+    shutil.rmtree(tiny.parent / "there")
+    run(tiny, *no_better, resume=str(of_best))
+    assert f"the model of step {best['step']}: the next one scored replaces it" in capsys.readouterr().out

@@ -115,8 +115,8 @@ def start(config: DistributedConfig, precision: Precision | None) -> Accelerator
     if config.processes not in (None, world):
         raise UserError(
             f"distributed.processes is {config.processes}, but {world} started; "
-            f"`accelerate launch --multi_gpu --num_processes {config.processes} -m mtl_dist train CONFIG` starts them on "
-            "GPUs, and accelerate_configs/cpu_2proc.yaml says how on a CPU"
+            f"`accelerate launch --multi_gpu --num_processes {config.processes} -m mtl_dist train CONFIG` starts them "
+            "on GPUs, `--config_file accelerate_configs/cpu_2proc.yaml` two on a CPU"
         )
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     mixed = launched if precision is None else precision.replace("fp32", "no")

@@ -5,7 +5,7 @@
     accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 \
         --fsdp_transformer_layer_cls_to_wrap BertLayer examples/accelerate_two_heads.py
     accelerate launch --num_processes 2 --use_deepspeed --zero_stage 2 --gradient_accumulation_steps 2 \
-        --gradient_clipping 1.0 examples/accelerate_two_heads.py
+        --gradient_clipping 3.0 examples/accelerate_two_heads.py
 
 Every review has two labels: one forward pass, two losses. With a FOLDER behind it, the command saves there every ten
 steps, and goes on with what it finds.
@@ -76,7 +76,7 @@ def train(accelerator: Accelerator, folder: Path | None = None, combiner: str = 
             losses = model(**batch)
             surgery.backward(losses)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                accelerator.clip_grad_norm_(model.parameters(), 3.0)
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients and surgery.number % 10 == 0:

@@ -46,7 +46,7 @@ def trainer(**changes: Any) -> SurgeryTrainer:
             "learning_rate": 5e-3,
             "lr_scheduler_type": "constant",
             "adam_epsilon": 1e-4,
-            "max_grad_norm": 1.0,
+            "max_grad_norm": 3.0,
             "save_strategy": "no",
             "logging_steps": 10,
             "disable_tqdm": True,

@@ -90,7 +90,7 @@ def train(steps: int, file: Path | None = None, combiner: str = "pcgrad") -> tup
     for tasks in order.names(start=surgery.number):
         for part in range(PARTS):
             surgery.backward(losses(tasks), last=part == PARTS - 1)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.5)
         optimizer.step()
         optimizer.zero_grad()
         if surgery.number % 10 == 0 and rank == 0:

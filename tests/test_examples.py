@@ -46,9 +46,20 @@ Losses = Callable[[int], dict[str, Tensor]]  # each task's, over the global batc
 
 
 def written_out(
-    model: nn.Module, losses: Losses, shared: str, *, steps: int, weight_decay: float = 0.01, projects: bool = True
+    model: nn.Module,
+    losses: Losses,
+    shared: str,
+    *,
+    steps: int,
+    clip_norm: float,
+    weight_decay: float = 0.01,
+    projects: bool = True,
 ) -> dict[str, Tensor]:
-    """Training with PCGrad (Yu et al. 2020, Algorithm 1), or with the plain sum, on one process."""
+    """Training with PCGrad (Yu et al. 2020, Algorithm 1), or with the plain sum, on one process.
+
+    Some steps are clipped and some not: where all were, a gradient that is too large everywhere would not be seen.
+    """
+    clipped = 0
     names, parameters = zip(*model.named_parameters(), strict=True)
     inside = [name.startswith(f"{shared}.") for name in names]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, eps=1e-4, weight_decay=weight_decay)
@@ -78,8 +89,9 @@ def written_out(
             if inside[place]:
                 here, combined = combined.split([parameter.numel(), len(combined) - parameter.numel()])
                 parameter.grad = here.view_as(parameter).float() if found else None
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        clipped += bool(nn.utils.clip_grad_norm_(parameters, clip_norm) > clip_norm)
         optimizer.step()
+    assert 0.2 * steps < clipped < 0.8 * steps
     return {name: parameter.detach() for name, parameter in zip(names, parameters, strict=True)}
 
 
@@ -134,7 +146,7 @@ ENGINES = {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(PARTS),
-        "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+        "ACCELERATE_GRADIENT_CLIPPING": "3.0",
     },
 }  # what `accelerate launch` puts into the environment for each
 
@@ -176,7 +188,8 @@ def two_heads(weight_decay: float = 0.01) -> list[dict[str, Tensor]]:
         def losses(step: int, model: nn.Module = model) -> dict[str, Tensor]:
             return model(**default_collate(rows[step * each : (step + 1) * each]))
 
-        found.append(written_out(model, losses, "bert", steps=STEPS, weight_decay=weight_decay, projects=projects))
+        settings = {"steps": STEPS, "clip_norm": 3.0, "weight_decay": weight_decay, "projects": projects}
+        found.append(written_out(model, losses, "bert", **settings))
     return found
 
 
@@ -255,7 +268,9 @@ def test_vision(tmp_path: Path) -> None:
     found = []
     for projects in (False, True):
         model = vision_torch.Lines()
-        found.append(written_out(model, pictures_of_step(model, 40), "body", steps=40, projects=projects))
+        found.append(
+            written_out(model, pictures_of_step(model, 40), "body", steps=40, clip_norm=1.5, projects=projects)
+        )
     ranks = on_ranks(WORLD, trained_with_torch, tmp_path / "saved.pt")
     pcgrad, straight, resumed = zip(*ranks, strict=True)
     check(pcgrad, 40, *reversed(found))

@@ -66,3 +66,4 @@ if __name__ == "__main__":
     conflict = training.surgery.conflict
     if training.is_world_process_zero():
         print(f"{training.surgery.number} steps; the last one's cosine: {conflict.cosine['stars.topic']:.2f}")
+    training.accelerator.end_training()  # or gloo, which serves CPUs, may abort at the exit

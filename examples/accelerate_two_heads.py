@@ -90,4 +90,6 @@ def train(accelerator: Accelerator, folder: Path | None = None, combiner: str = 
 if __name__ == "__main__":
     # Without cpu=True, Accelerate lets the processes on a CPU train each for itself.
     device = {"cpu": not torch.cuda.is_available()}
-    train(Accelerator(**device, gradient_accumulation_steps=2), Path(sys.argv[1]) if sys.argv[1:] else None)
+    accelerator = Accelerator(**device, gradient_accumulation_steps=2)
+    train(accelerator, Path(sys.argv[1]) if sys.argv[1:] else None)
+    accelerator.end_training()

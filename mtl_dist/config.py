@@ -408,9 +408,10 @@ def _complaint(model: type[Config], mistake: Mistake, places: Container[Keys]) -
     match error:
         case "extra_forbidden":
             known = [field for parent in _locate(model, mistake["loc"][:-1])[1] for field in _fields(parent)]
-            known += ["extends"] if len(keys) == 1 and keys in places else []  # of files, not of programs
+            of_program = len(keys) == 1 and keys not in places  # whose config extends no file
+            known += ["extends"] if len(keys) == 1 and not of_program else []
             listed = f"; it has {', '.join(map(str, known))}" if known else ""
-            text = f"{_dotted(keys[:-1])} has no field {keys[-1]!r}{_meant(keys[-1], known) or listed}"
+            text = f"{'it' if of_program else _dotted(keys[:-1])} has no field {keys[-1]!r}{_meant(keys[-1], known) or listed}"
         case "missing":
             text = f"{name} is missing"
         case "union_tag_not_found":

@@ -411,7 +411,8 @@ def _complaint(model: type[Config], mistake: Mistake, places: Container[Keys]) -
             of_program = len(keys) == 1 and keys not in places  # whose config extends no file
             known += ["extends"] if len(keys) == 1 and not of_program else []
             listed = f"; it has {', '.join(map(str, known))}" if known else ""
-            text = f"{'it' if of_program else _dotted(keys[:-1])} has no field {keys[-1]!r}{_meant(keys[-1], known) or listed}"
+            whole = "it" if of_program else _dotted(keys[:-1])
+            text = f"{whole} has no field {keys[-1]!r}{_meant(keys[-1], known) or listed}"
         case "missing":
             text = f"{name} is missing"
         case "union_tag_not_found":

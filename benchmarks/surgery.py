@@ -21,7 +21,6 @@ from statistics import median
 STEPS, REPORTS = 4, 5  # of a report, and how many of them
 CASES = {
     "plain": ["gradients.combiner.kind=sum"],
-    "measured": ["gradients.combiner.kind=sum", "gradients.measure=true"],
     "pcgrad": ["gradients.combiner.kind=pcgrad"],
     "pcgrad, reduce_scatter": ["gradients.combiner.kind=pcgrad", "gradients.reduce=reduce_scatter"],
 }

@@ -299,7 +299,7 @@ def fails_beside_one_that_hangs(config: Path, *overrides: str) -> None:
         nonlocal made
         made += 1
         if os.environ["RANK"] == "1":
-            time.sleep(100)
+            time.sleep(3600)
         if made == 3:
             raise ValueError("this rank is unlucky")
         return forward(model, *inputs)
@@ -309,10 +309,8 @@ def fails_beside_one_that_hangs(config: Path, *overrides: str) -> None:
 
 
 def test_a_rank_that_fails_beside_one_that_hangs_ends_at_once(tiny: Path) -> None:
-    start = time.monotonic()
     with pytest.raises(AssertionError, match=r"(?s)rank 0 ended with exit code 1.*is unlucky.*rank 1 hangs"):
-        on_ranks(2, fails_beside_one_that_hangs, tiny, *LAST, PCGRAD, timeout_s=60, patience_s=15)
-    assert time.monotonic() - start < 60
+        on_ranks(2, fails_beside_one_that_hangs, tiny, *LAST, PCGRAD)
 
 
 def test_a_rank_that_hangs_is_ended_and_shows_where(tiny: Path) -> None:
@@ -326,16 +324,16 @@ def test_a_rank_that_hangs_is_ended_and_shows_where(tiny: Path) -> None:
 
 
 def test_a_rank_that_hangs_with_pythons_lock_shows_where(tiny: Path) -> None:
-    what = "hangs with Python's lock"
+    what, timeout = "hangs with Python's lock", f"distributed.timeout_s={ceil(limit(6))}"
     with pytest.raises(AssertionError) as error:
-        on_ranks(2, run_until, 2, what, tiny, *LAST, "distributed.timeout_s=6", timeout_s=60, patience_s=15)
+        on_ranks(2, run_until, 2, what, tiny, *LAST, timeout, patience_s=5)
     text = str(error.value)
     assert "rank 0 ended with exit code 1" in text
     assert "in failing" in text  # before the others end it
 
 
-def suspended(config: Path, *overrides: str) -> dict[str, Any]:
-    """Trains; in the second step, this rank is suspended for ten seconds."""
+def suspended(seconds: int, config: Path, *overrides: str) -> dict[str, Any]:
+    """Trains; in the second step, this rank is suspended for so long."""
     made = 0
     forward = MultiTaskModel.forward
 
@@ -343,7 +341,7 @@ def suspended(config: Path, *overrides: str) -> dict[str, Any]:
         nonlocal made
         made += 1
         if made == 3 + 1:
-            with subprocess.Popen(["sh", "-c", f"sleep 10; kill -CONT {os.getpid()}"]):
+            with subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"]):
                 os.kill(os.getpid(), signal.SIGSTOP)
         return forward(model, *inputs)
 
@@ -352,9 +350,10 @@ def suspended(config: Path, *overrides: str) -> dict[str, Any]:
 
 
 def test_a_suspended_run_goes_on(tiny: Path) -> None:
-    overrides = [*LAST, "distributed.timeout_s=6"]
+    hang_s = ceil(limit(6))
+    overrides = [*LAST, f"distributed.timeout_s={hang_s}"]
     whole = on_ranks(2, run, tiny, *overrides)
-    for rank, before in zip(on_ranks(2, suspended, tiny, *overrides), whole, strict=True):
+    for rank, before in zip(on_ranks(2, suspended, hang_s + 2, tiny, *overrides), whole, strict=True):
         assert far_apart(rank["parameters"], before["parameters"]) == 0
 
 

@@ -11,7 +11,7 @@ import re
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.util import find_spec
@@ -381,8 +381,13 @@ def _gone(who: str) -> SystemExit:
     return SystemExit(f"rank {torch.distributed.get_rank()}: {who}; what it printed last says why")
 
 
+STOPPING = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+
+
 class Stops:
     """Hears USR1, TERM, HUP and INT, at any moment; the run ends at a step of its choice, the same on all ranks.
+
+    After each step every rank votes. What all of them voted may become known a step later.
 
     INT, which is Ctrl-C, ends this process at once if a stop was heard before, or no step is done that could be saved.
     """
@@ -392,15 +397,11 @@ class Stops:
         self.stepped = False
         self.alone = accelerator.num_processes == 1
         self.first = accelerator.is_main_process
-        # On the CPU, where asking does not wait for the GPU.
-        on_gpus = accelerator.device.type == "cuda" and not self.alone
-        self.group = torch.distributed.new_group(backend="gloo") if on_gpus else None
 
     def __enter__(self) -> Self:
         # `nohup` and a shell's background jobs ignore these two for what they start.
         kept = {each for each in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(each) is signal.SIG_IGN}
-        heard = {signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT} - kept
-        self.before = {each: signal.signal(each, self._hear) for each in heard}
+        self.before = {each: signal.signal(each, self._hear) for each in STOPPING if each not in kept}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -417,14 +418,16 @@ class Stops:
             _say("\nSIGINT: the run is saved after this step, and ends; once more ends it at once")
         self.heard = max(self.heard, number)
 
-    def agreed(self) -> signal.Signals | None:
-        """The signal that any rank heard; every rank must ask, after each step."""
+    def votes(self) -> list[float]:
+        """For each stopping signal, whether this rank heard it last."""
         self.stepped = True
-        if self.alone:
+        return [float(self.heard == each) for each in STOPPING]
+
+    def agreed(self, votes: Sequence[float]) -> signal.Signals | None:
+        """The signal that any rank heard, from the sums of all ranks' votes."""
+        if self.alone:  # and nobody to wait for
             return signal.Signals(self.heard) if self.heard else None
-        heard = torch.tensor(self.heard)
-        torch.distributed.all_reduce(heard, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        return signal.Signals(int(heard)) if heard else None
+        return max((each for each, vote in zip(STOPPING, votes, strict=True) if vote), default=None)
 
 
 def refuse_differences(accelerator: Accelerator, mine: Mapping[str, Any]) -> None:

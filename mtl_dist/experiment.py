@@ -224,12 +224,17 @@ class Experiment(Config):
             except ValueError as error:
                 raise MisfitError(keys, f"{stage.label}mixer.{error}") from None
             gradients = stage.gradients
+            of_stage = bool(self.stages) and "gradients" in self.stages[index].model_fields_set
+            of_gradients: Keys = ("stages", index, "gradients") if of_stage else ("gradients",)
+            try:
+                gradients.refuse_misfits()
+            except UserError as error:
+                raise MisfitError(of_gradients, f"{stage.label}gradients.{error}") from None
             if gradients.nonfinite == "drop_task" and not (
                 gradients.measure or (gradients.operates and gradients.every == 1)
             ):
-                of_stage = bool(self.stages) and "gradients" in self.stages[index].model_fields_set
                 raise MisfitError(
-                    ("stages", index, "gradients") if of_stage else ("gradients",),
+                    of_gradients,
                     f"{stage.label}gradients.nonfinite is drop_task, which needs the tasks' gradients apart in every "
                     "step: set measure",
                 )

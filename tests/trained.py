@@ -77,16 +77,16 @@ def run_under(engine: str, config: Path, *overrides: str, resume: str | None = N
 def go_on_until(stop_after: int | None, engine: str, config: Path, *overrides: str) -> dict[str, Any]:
     """Trains, from the last checkpoint if there is one, until rank 0 hears a USR1 after so many steps."""
     steps = 0
-    agreed = Stops.agreed
+    votes = Stops.votes
 
-    def heard(stops: Stops) -> signal.Signals | None:
+    def heard(stops: Stops) -> list[float]:
         nonlocal steps
         steps += 1
         if steps == stop_after and os.environ.get("RANK", "0") == "0":
             signal.raise_signal(signal.SIGUSR1)
-        return agreed(stops)
+        return votes(stops)
 
-    with patch.object(Stops, "agreed", heard):
+    with patch.object(Stops, "votes", heard):
         return run_under(engine, config, *overrides, resume="auto")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtl_dist.config import Config
 from mtl_dist.data.mixer import Draw, Order
-from mtl_dist.data.packed import Packed, pack
+from mtl_dist.data.packed import Packed, moved, pack
 from mtl_dist.data.prepare import Split
 
 FEISTEL_ROUNDS = 6
@@ -48,10 +48,9 @@ class Batch:
     weight_N: Tensor  # 1 for a real row; 0 for the filler of a rank that would have none
 
     def to(self, device: torch.device) -> "Batch":
-        """The same rows on `device`."""
-        return replace(
-            self, packed=self.packed.to(device), gold_N=self.gold_N.to(device), weight_N=self.weight_N.to(device)
-        )
+        """The same rows on `device`, without waiting for it."""
+        gold_N, weight_N = moved(self.gold_N, device), moved(self.weight_N, device)
+        return replace(self, packed=self.packed.to(device), gold_N=gold_N, weight_N=weight_N)
 
 
 def make_batch(task: str, split: Split, rows: NDArray[np.int64], filler: bool = False) -> Batch:

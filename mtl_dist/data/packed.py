@@ -37,12 +37,12 @@ class Packed:
     offsets: Tensor  # (S + 1,) int32: sentence s is tokens[offsets[s]:offsets[s + 1]]
     longest: int
     groups: tuple[Group, ...]
-    to_padded_P: Tensor | None  # the token of every slot of the groups, 0 where it is padding; None: the groups are T
+    to_padded_P: Tensor | None  # the token of every slot of the groups; None: the groups are T
     to_packed_T: Tensor | None  # the slot of every token
 
     def to(self, device: torch.device) -> "Packed":
-        """The same sentences on `device`."""
-        move = partial(_move, device=device)
+        """The same sentences on `device`, without waiting for it."""
+        move = partial(moved, device=device)
         fields = {name: move(value) for name, value in vars(self).items()}
         groups = tuple(group._replace(real_NL=move(group.real_NL)) for group in self.groups)
         return replace(self, **(fields | {"groups": groups}))
@@ -52,8 +52,12 @@ class Packed:
         return len(self.tokens_T)
 
 
-def _move(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor on `device`; what is no tensor stays."""
+    if not isinstance(value, Tensor):
+        return value
+    # From pageable memory a GPU takes a copy only while the CPU waits.
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def pack(sentences: Sequence[IntArray], second_from: Sequence[int] | None = None) -> Packed:
@@ -81,7 +85,7 @@ def pack(sentences: Sequence[IntArray], second_from: Sequence[int] | None = None
 def _group(lengths: IntArray, offsets: IntArray) -> tuple[tuple[Group, ...], Tensor | None, Tensor | None]:
     """Groups sentences by length so that a group is at most about a quarter padding."""
     by_length = np.argsort(-lengths, kind="stable")
-    groups, slots, start = [], [], 0
+    groups, slots, reals, start = [], [], [], 0
     while start < len(by_length):
         longest = int(lengths[by_length[start]])
         # Eight tokens of padding cost less than one more kernel launch.
@@ -89,12 +93,14 @@ def _group(lengths: IntArray, offsets: IntArray) -> tuple[tuple[Group, ...], Ten
         members, start = by_length[start:stop], stop
         column = np.arange(longest)
         real_NL = column < lengths[members, None]
-        slots.append(np.where(real_NL, offsets[members, None] + column, -1).ravel())
+        # Padding repeats a sentence's last token: were it always the same one, a GPU would add up all their gradients,
+        # zeros, in one place, one after the other.
+        slots.append((offsets[members, None] + np.minimum(column, lengths[members, None] - 1)).ravel())
+        reals.append(real_NL.ravel())
         groups.append(Group(len(members), longest, None if real_NL.all() else torch.from_numpy(real_NL)))
-    token_of_slot = np.concatenate(slots)
+    token_of_slot, real = np.concatenate(slots), np.concatenate(reals)
     if np.array_equal(token_of_slot, np.arange(offsets[-1])):
         return tuple(groups), None, None
     slot_of_token = np.empty(offsets[-1], dtype=np.int64)
-    real = token_of_slot >= 0
     slot_of_token[token_of_slot[real]] = np.flatnonzero(real)
-    return tuple(groups), torch.from_numpy(token_of_slot.clip(0)), torch.from_numpy(slot_of_token)
+    return tuple(groups), torch.from_numpy(token_of_slot), torch.from_numpy(slot_of_token)

@@ -22,9 +22,17 @@ Pooling = Literal["cls", "pooler", "mean", "max"]
 
 def pool(x_TD: Tensor, packed: Packed, pooling: Pooling, encoder: Encoder) -> Tensor:
     """One vector per sentence: its first token's (`pooler`: through BERT's dense-tanh), or all tokens' mean or max."""
-    if pooling in ("mean", "max"):
-        # In fp32: a sum of hundreds of bf16 terms would lose its last digits.
-        return torch.segment_reduce(x_TD.float(), pooling, lengths=packed.offsets.diff().long()).to(x_TD.dtype)
+    lengths_S = packed.offsets.diff().long()
+    if pooling == "mean":
+        # In fp32: a sum of hundreds of bf16 terms would lose its last digits. Checked, the lengths would be waited for.
+        return torch.segment_reduce(x_TD.float(), "mean", lengths=lengths_S, unsafe=True).to(x_TD.dtype)
+    if pooling == "max":
+        numbers_S = torch.arange(len(lengths_S), device=x_TD.device)
+        sentence_TD = numbers_S.repeat_interleave(lengths_S, output_size=len(x_TD))[:, None].expand_as(x_TD)
+        # Tokens with the same maximum share its gradient; segment_reduce would give each of them all of it, negated.
+        return x_TD.new_empty(len(lengths_S), x_TD.shape[1]).scatter_reduce(
+            0, sentence_TD, x_TD, "amax", include_self=False
+        )
     first_SD = x_TD.index_select(0, packed.offsets[:-1].long())
     return first_SD if pooling == "cls" else torch.tanh(encoder.pooler(first_SD))
 

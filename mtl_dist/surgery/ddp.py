@@ -5,8 +5,9 @@ DDP's own averaging is used only in steps without rows, of loops that say when t
 
 # Shape suffixes: as in rows.py.
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtl_dist.config import UserError
-from mtl_dist.surgery.rows import Parameters, Rows
+from mtl_dist.surgery.rows import CHUNK, Parameters, Rows
 
 # Their names from torch 2.13 on, and before.
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -43,7 +44,7 @@ class Replicated(Rows):
         self.sums = self.ddp is None or self.ddp.find_unused_parameters
         self.averages = False  # whether DDP does
         self.begins = True  # whether the next forward pass is the step's first
-        self._lay_out(parameter.numel() for parameter in shared)
+        self._lay_out([parameter.numel() for parameter in shared])
         # Where rows have the gradients' precision, backward passes add to them as they are.
         self.pointed = all(parameter.dtype == dtype for parameter in shared)
         self.open: set[int] = set()  # rows that wait for their last visit
@@ -51,6 +52,10 @@ class Replicated(Rows):
 
     def _group(self) -> Any:
         return None if self.ddp is None else self.ddp.process_group
+
+    def _share(self) -> tuple[int, int]:
+        chunks = self.ends[-1]
+        return chunks * self.rank // self.world, chunks * (self.rank + 1) // self.world
 
     def _decide(self, *_: object) -> None:
         assert self.ddp is not None
@@ -62,8 +67,17 @@ class Replicated(Rows):
     def close(self) -> None:
         """Lets go of the model, which averages by itself again."""
         super().close()
+        self._forget_used()
         if self.ddp is not None:
             self.ddp.require_backward_grad_sync = True
+
+    def _forget_used(self) -> None:
+        """Makes DDP forget what backward passes reached whose gradients it did not average.
+
+        Else it would ask for gradients of heads that only earlier steps went through.
+        """
+        if self.ddp is not None and self.ddp.find_unused_parameters:
+            self.ddp.reducer._reset_state()
 
     def start(self) -> None:
         """Begins a step."""
@@ -79,6 +93,7 @@ class Replicated(Rows):
         self.begins = True
 
     def _clear(self) -> None:
+        self._forget_used()
         self.open.clear()
         self.late.clear()
         for parameter in (*self.shared, *self.rest):
@@ -100,10 +115,10 @@ class Replicated(Rows):
         k, new = self._visit(task)
         flat_P = self._to_fill(k, new)
         if self.pointed:
-            give(flat_P, self.shared)
+            give(flat_P, self.shared, self.slices)
         yield
         if not self.pointed:
-            for parameter, stretch in zip(self.shared, stretches(flat_P, self.shared), strict=True):
+            for parameter, stretch in zip(self.shared, stretches(flat_P, self.shared, self.slices), strict=True):
                 if parameter.grad is not None:
                     stretch.add_(parameter.grad)
         for parameter in self.shared:
@@ -129,7 +144,7 @@ class Replicated(Rows):
             self.pending.append(dist.all_reduce(row.div_(self.world), group=self.group, async_op=True))
 
     def finish(self) -> None:
-        """Averages the rows whose last visit nobody announced, and waits for all."""
+        """Begins to average the rows whose last visit nobody announced, and waits for all."""
         for k in sorted(self.open):
             self._average(self.rows[k])
         self.open.clear()
@@ -138,24 +153,26 @@ class Replicated(Rows):
             self.rows[k].add_(flat_P)
         self.late.clear()
 
-    def deposit(self, weights_SK: Tensor, reached: Set[nn.Parameter]) -> None:
+    def deposit(self, weights_GK: Tensor | None, group_of_S: Sequence[int], reached: Set[nn.Parameter]) -> None:
         """Makes the combination of the rows, and the sum of what is not combined, the gradients of the parameters."""
         self.begins = True
         ours = self.summed_own()
         # In one piece, in which every rank has a place for what any of them reached.
         rest = [parameter for parameter in self.rest if parameter in reached] if self.world > 1 else []
-        flat = torch.zeros(sum(parameter.numel() for parameter in rest), device=self.device)
-        for parameter, stretch in zip(rest, stretches(flat, rest), strict=True):
+        ends = [0, *accumulate(parameter.numel() for parameter in rest)]
+        slices = [slice(start, stop) for start, stop in pairwise(ends)]
+        flat = torch.zeros(ends[-1], device=self.device)
+        for parameter, stretch in zip(rest, stretches(flat, rest, slices), strict=True):
             if parameter in ours:
                 stretch.copy_(ours[parameter])
         if rest:
             self._average(flat)
-        give(self.whole(self.combined(weights_SK)), self.shared)
+        give(self.whole(self.combined(weights_GK, group_of_S)), self.shared, self.slices)
         for parameter in self.shared:
             if parameter not in reached:
                 parameter.grad = None
         self.finish()
-        give(flat, rest)
+        give(flat, rest, slices)
         if self.world == 1:
             for parameter, gradient in ours.items():
                 parameter.grad = gradient
@@ -184,11 +201,17 @@ class Scattered(Replicated):
         super().give_up()
         self._empty()
 
-    def _held(self, ends: list[int]) -> tuple[list[int], int]:
-        width = -(-ends[-1] // self.world)
-        first = self.rank * width
-        # Columns before this rank's first one are empty slices at its start, those behind its last at its end.
-        return [min(max(end - first, 0), width) for end in ends], width
+    def _chunks(self, chunks: int) -> int:
+        return -(-chunks // self.world)
+
+    def _held(self, ends: list[int]) -> list[int]:
+        chunks = self._chunks(ends[-1])
+        first = self.rank * chunks
+        # Parameters before this rank's first chunk end at its start, those behind its last one at its end.
+        return [min(max(end - first, 0), chunks) for end in ends]
+
+    def _share(self) -> tuple[int, int]:
+        return 0, self.width // CHUNK
 
     def _to_fill(self, k: int, new: bool) -> Tensor:
         self.turn = 1 - self.turn
@@ -212,15 +235,17 @@ class Scattered(Replicated):
             if part_N is not self.rows[k]:
                 self.rows[k].add_(part_N)
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Waits for the reductions that are under way."""
-        super().finish()
+        super().wait()
         self._land(1 - self.turn)  # the older one first: a later visit of its task adds to it
         self._land(self.turn)
 
     def whole(self, combined_N: Tensor) -> Tensor:
         """The combined gradient of all columns."""
-        whole_P = combined_N.new_empty(len(combined_N) * self.world)
+        # All is in the rows by now, and the buffers are free: for fp32, that is.
+        fits = self.dtype == combined_N.dtype
+        whole_P = self.buffers[0] if fits else combined_N.new_empty(len(combined_N) * self.world)
         all_gather(whole_P, combined_N, group=self.group)
         return whole_P
 
@@ -239,18 +264,16 @@ def _refuse(ddp: DistributedDataParallel) -> None:
         )
 
 
-def give(flat: Tensor, parameters: Parameters) -> None:
-    """Makes stretches of a flat tensor the gradients of parameters; copies them where the precision is another."""
-    for parameter, stretch in zip(parameters, stretches(flat, parameters), strict=True):
+def give(flat: Tensor, parameters: Parameters, slices: Sequence[slice]) -> None:
+    """Makes slices of a flat tensor the gradients of parameters; copies them where the precision is another."""
+    for parameter, stretch in zip(parameters, stretches(flat, parameters, slices), strict=True):
         parameter.grad = stretch.to(parameter.dtype)
 
 
-def stretches(flat: Tensor, parameters: Parameters) -> Iterator[Tensor]:
-    """The stretches of a flat tensor as the parameters lie in memory, because optimizers may go by that."""
-    start = 0
-    for parameter in parameters:
-        stretch = flat[start : start + parameter.numel()]
-        start += parameter.numel()
+def stretches(flat: Tensor, parameters: Parameters, slices: Sequence[slice]) -> Iterator[Tensor]:
+    """Slices of a flat tensor as the parameters lie in memory, because optimizers may go by that."""
+    for parameter, columns in zip(parameters, slices, strict=True):
+        stretch = flat[columns]
         by_channel = any(
             parameter.dim() == dims and parameter.is_contiguous(memory_format=memory_format)
             for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d))

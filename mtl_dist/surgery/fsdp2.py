@@ -2,7 +2,7 @@
 
 # Shape suffixes: as in rows.py.
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,8 +27,8 @@ class Sharded(Rows):
                 "HSDP and tensor parallelism are not supported, and fully_shard must wrap the whole model"
             )
         super().__init__(model, shared, rest, dtype, scaler)
-        self._lay_out(local(parameter).numel() for parameter in shared)
         self.device = local((*shared, *rest)[0]).device
+        self._lay_out([local(parameter).numel() for parameter in shared])
 
     def _group(self) -> Any:
         return self.mesh.get_group()
@@ -74,9 +74,9 @@ class Sharded(Rows):
                 parameter.grad = None
         self._take_own(k)
 
-    def deposit(self, weights_SK: Tensor, reached: Set[nn.Parameter]) -> None:
+    def deposit(self, weights_GK: Tensor | None, group_of_S: Sequence[int], reached: Set[nn.Parameter]) -> None:
         """Makes the combination of the rows, and the sum of what is not combined, the gradients of the parameters."""
-        combined_N = self.combined(weights_SK)
+        combined_N = self.combined(weights_GK, group_of_S)
         for parameter, columns in zip(self.shared, self.slices, strict=True):
             if parameter in reached:
                 assert isinstance(parameter, DTensor)

@@ -3,19 +3,22 @@
     rows.start()
     with rows.of_task("sst", last=True), rows.micro_batch(averages): ... forward, rows.backward(loss) ...
     grams = rows.grams()                                # inner products of the tasks' gradients, for each parameter
-    rows.deposit(weights, reached)                      # the combined gradient is what the optimizer will see
+    rows.deposit(weights, group_of, reached)            # the combined gradient is what the optimizer will see
 
 A row holds what the tasks share, whole on every rank or this rank's part of it. What is not combined, such as heads, is
 averaged beside it and added up. `ddp.py`, `fsdp2.py` and `zero.py` say how each of them averages, and who holds what.
+
+In a row every parameter begins with a new chunk, the rest of its last one is zero: so a few kernels form the inner
+products of all chunks, and add them up for each parameter, however many parameters there are.
 """
 
-# Shape suffixes: K = tasks of a step, P = elements of the shared parameters, N = those of a row that this rank holds,
-# S = shared parameters.
+# Shape suffixes: K = tasks of a step, P = elements of a whole row, N = those of a row that this rank holds, S = shared
+# parameters, G = groups of them that are combined as one, C = chunks of a row, R = runs of chunks of one parameter.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -24,9 +27,44 @@ from torch import Tensor, nn
 
 from mtl_dist.config import UserError
 
-CHUNK = 1 << 18  # elements whose products are summed at once
+CHUNK = 1024  # elements whose products are summed in fp32; the sums of chunks are added up in fp64
+RUN = 64  # chunks whose sums one thread of a GPU adds up
+PRODUCTS = 1 << 22  # of chunks, which are in memory at once
+CONVERTED = 1 << 24  # elements of rows in bf16 that are in memory in fp32 at once
 
 Parameters = Sequence[nn.Parameter]
+
+
+class Coming:
+    """Numbers on their way from the device to the CPU: the later they are read, the less that waits."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+        self.arrived: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self.numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.arrived.record()
+
+    def read(self) -> Tensor:
+        """The numbers, on the CPU."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.numbers
+
+
+def on_device(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Numbers as fp64 on a device, without waiting for it."""
+    numbers = torch.as_tensor(values, dtype=torch.float64)
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
+
+
+def summed(known: Sequence[float], computed: Iterable[Tensor], device: torch.device, group: Any = None) -> Tensor:
+    """Numbers that are known here, and such that the device still computes, summed over the ranks, on the device."""
+    numbers = torch.cat([on_device(known, device), *(tensor.reshape(-1).double() for tensor in computed)])
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(numbers, group=group)
+    return numbers
 
 
 class Rows(ABC):
@@ -40,8 +78,9 @@ class Rows(ABC):
     retains = True  # several losses may come from one forward pass
     steps = False  # the engine steps, in the place of the optimizer
     sums = True  # the engine can average the sum of a step that goes through some parameters only
-    slices: list[slice]  # the columns of each shared parameter, as far as this rank holds them
-    width: int  # of a row
+    slices: list[slice]  # where each shared parameter's gradient lies in what backward passes fill
+    ends: list[int]  # the chunks at which the shared parameters end in what this rank holds of a row; it begins with 0
+    width: int  # of what this rank holds of a row
 
     def __init__(self, model: Any, shared: Parameters, rest: Parameters, dtype: torch.dtype, scaler: Any) -> None:
         self.model = model  # as its engine has wrapped it
@@ -53,7 +92,9 @@ class Rows(ABC):
         self.world = dist.get_world_size(self.group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(self.group) if dist.is_initialized() else 0
         self.device = next(iter((*shared, *rest))).device
-        self.rows: list[Tensor] = []
+        self.rows: list[Tensor] = []  # of `rows_KN`
+        self.rows_KN: Tensor
+        self.fp32_N: Tensor | None = None  # the combination of rows in bf16
         self.tasks: list[str] = []
         self.own: list[dict[nn.Parameter, Tensor]] = []  # each task's gradients of what is not combined
         self.dropped: set[str] = set()
@@ -115,9 +156,10 @@ class Rows(ABC):
         (loss if self.scaler is None else self.scaler.scale(loss)).backward(retain_graph=retain_graph)
 
     @property
-    def loss_scale(self) -> float:
+    def loss_scale(self) -> Tensor:
         """The factor that keeps fp16 gradients in range; they still have it when they are combined."""
-        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        one = torch.ones((), device=self.device)
+        return one if self.scaler is None else self.scaler.scale(one)
 
     @abstractmethod
     def of_task(self, task: str, last: bool) -> AbstractContextManager[None]:
@@ -125,19 +167,42 @@ class Rows(ABC):
 
     # ------------------------------------------------------------------------------------------------------ the rows
 
-    def _lay_out(self, elements: Iterable[int]) -> None:
+    def _lay_out(self, elements: Sequence[int]) -> None:
         """So many elements of each shared parameter are in a row."""
-        ends, self.width = self._held([0, *accumulate(elements)])
-        self.slices = [slice(start, stop) for start, stop in pairwise(ends)]
+        ends = [0, *accumulate(-(-number // CHUNK) for number in elements)]
+        self.slices = [slice(end * CHUNK, end * CHUNK + number) for end, number in zip(ends, elements, strict=False)]
+        self.ends = self._held(ends)
+        self.width = self._chunks(ends[-1]) * CHUNK
+        # This rank's share of the products: of the chunks that it holds, or of those that all hold.
+        first, stop = self._share()
+        shares_S = [(max(start, first), min(end, stop)) for start, end in pairwise(self.ends)]
+        self.first_chunk = first
+        runs_S = [_runs(end - start) if end > start else [] for start, end in shares_S]
+        self.runs_R = [run for runs in runs_S for run in runs]
+        self.run_lengths_R = torch.tensor(self.runs_R, dtype=torch.int64, device=self.device)
+        self.runs_of_S = torch.tensor([len(runs) for runs in runs_S], dtype=torch.int64, device=self.device)
 
-    def _held(self, ends: list[int]) -> tuple[list[int], int]:
-        """Where the parameters end in what this rank holds of a row, and how long that is."""
-        return ends, ends[-1]
+    def _held(self, ends: list[int]) -> list[int]:
+        """Where the parameters end in what this rank holds of a row, counted in chunks."""
+        return ends
+
+    def _chunks(self, chunks: int) -> int:
+        """How many of so many chunks this rank holds."""
+        return chunks
+
+    def _share(self) -> tuple[int, int]:
+        """The first chunk of a row whose products this rank computes, and the one behind the last."""
+        return 0, self.width // CHUNK
 
     def reserve(self, tasks: int) -> None:
         """Makes rows for so many tasks."""
-        while len(self.rows) < tasks:
-            self.rows.append(torch.zeros(self.width, dtype=self.dtype, device=self.device))
+        if (have := len(self.rows)) >= tasks:
+            return
+        self.wait()  # what is under way goes to the rows that there are
+        rows_KN = torch.zeros(tasks, self.width, dtype=self.dtype, device=self.device)
+        if have:
+            rows_KN[:have] = self.rows_KN
+        self.rows_KN, self.rows = rows_KN, list(rows_KN)
 
     def _visit(self, task: str) -> tuple[int, bool]:
         """The number of a task's row, and whether the task is new; its row is then zero."""
@@ -181,51 +246,108 @@ class Rows(ABC):
         self.dropped.add(task)
         self.rows[self.tasks.index(task)].zero_()
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Waits for the reductions that are under way."""
         for work in self.pending:
             work.wait()
         self.pending.clear()
 
+    def finish(self) -> None:
+        """Begins the reductions that are left, and waits for all."""
+        self.wait()
+
     @torch.no_grad()
     def grams(self) -> Tensor:
-        """The inner products of the tasks' gradients, for each shared parameter: (S, K, K) in fp64 on the CPU."""
-        rows = self.rows[: len(self.tasks)]
-        grams_SKK = torch.zeros(len(self.slices), len(rows), len(rows), dtype=torch.float64, device=self.device)
-        longest = max((columns.stop - columns.start for columns in self.slices), default=0)
-        chunk_KC = grams_SKK.new_empty(len(rows), min(CHUNK, longest))  # in fp32, squares over- and underflow
-        for gram_KK, columns in zip(grams_SKK, self.slices, strict=True):
-            for start in range(columns.start, columns.stop, CHUNK):
-                stop = min(start + CHUNK, columns.stop)
-                x = chunk_KC[:, : stop - start]
-                for part, row in zip(x, rows, strict=True):
-                    part.copy_(row[start:stop])
-                gram_KK += x @ x.T
-        if self.scattered and self.world > 1:
-            dist.all_reduce(grams_SKK, group=self.group)
-        return grams_SKK.cpu()
+        """This rank's share of the inner products of the tasks' gradients, for each shared parameter: (S, K, K).
+
+        Norms under 1e-19 count as zero, and those over 1e19 as infinite, as they do where gradients are clipped.
+        """
+        K = len(self.tasks)
+        most = PRODUCTS // K**2
+        if self.dtype != torch.float32:
+            most = min(most, CONVERTED // (K * CHUNK))
+        sums, chunk, run = [], self.first_chunk, 0
+        for chunks, runs in _pieces(self.runs_R, most):
+            columns = slice(chunk * CHUNK, (chunk + chunks) * CHUNK)
+            x_CKN = self.rows_KN[:K, columns].float().view(K, chunks, CHUNK).transpose(0, 1)
+            with torch.autocast(self.device.type, enabled=False):
+                products_CKK = torch.bmm(x_CKN, x_CKN.mT)
+            sums.append(_sums(products_CKK.double(), self.run_lengths_R[run : run + runs]))
+            chunk, run = chunk + chunks, run + runs
+        if not sums:
+            return torch.zeros(len(self.slices), K, K, dtype=torch.float64, device=self.device)
+        return _sums(torch.cat(sums), self.runs_of_S)
+
+    def summed(self, known: Sequence[float], computed: Iterable[Tensor]) -> Tensor:
+        """Numbers that are known here, and such that the device still computes, summed over the ranks, on the CPU.
+
+        One collective, and the one moment of a step with surgery in which a rank waits for its device.
+        """
+        return summed(known, computed, self.device, self.group).cpu()
 
     @torch.no_grad()
-    def combined(self, weights_SK: Tensor) -> Tensor:
-        """The sum of the rows in fp32, each parameter's columns by its own weights."""
-        combined_N = torch.zeros(self.width, device=self.device)
-        weights_SK = weights_SK.float()
+    def combined(self, weights_GK: Tensor | None, group_of_S: Sequence[int]) -> Tensor:
+        """The sum of the rows in fp32, the columns of each parameter by the weights of its group.
+
+        It takes the place of the first row, where that is in fp32.
+        """
+        first_N, *others = self.rows[: len(self.tasks)]
+        into_N = first_N if self.dtype == torch.float32 else self._in_fp32(first_N)
+        if weights_GK is None:
+            for row_N in others:
+                into_N.add_(row_N)
+            return into_N
+        # One dimension each, which bf16 rows are multiplied with in fp32.
+        weights = [weight_K.unsqueeze(1) for weight_K in weights_GK.float()]
         start = 0
-        for s, columns in enumerate(self.slices):
-            # Neighbours with the same weights, mostly all of them, are one product.
-            if s + 1 == len(self.slices) or not weights_SK[s].equal(weights_SK[s + 1]):
-                part = slice(start, columns.stop)
-                for row_N, weight in zip(self.rows, weights_SK[s].tolist(), strict=False):
-                    combined_N[part].add_(row_N[part], alpha=weight)
-                start = columns.stop
-        return combined_N
+        for group, members in groupby(zip(group_of_S, self.ends[1:], strict=True), key=lambda member: member[0]):
+            columns = slice(start * CHUNK, (start := max(end for _, end in members)) * CHUNK)
+            into_N[columns].mul_(weights[group][0])
+            for row_N, weight in zip(others, weights[group][1:], strict=True):
+                into_N[columns].addcmul_(row_N[columns], weight)
+        return into_N
+
+    def _in_fp32(self, row_N: Tensor) -> Tensor:
+        if self.fp32_N is None:
+            self.fp32_N = torch.empty(self.width, device=self.device)
+        return self.fp32_N.copy_(row_N)
 
     @abstractmethod
-    def deposit(self, weights_SK: Tensor, reached: Set[nn.Parameter]) -> None:
+    def deposit(self, weights_GK: Tensor | None, group_of_S: Sequence[int], reached: Set[nn.Parameter]) -> None:
         """Makes the combination of the rows, and the sum of what is not combined, the gradients of the parameters.
 
-        Those that no task reached, on any rank, get none: a zero would let the optimizer move them.
+        Without weights it is the plain sum. Those that no task reached, on any rank, get none: a zero would let the
+        optimizer move them.
         """
 
     def settle(self, reached: Set[nn.Parameter]) -> None:  # noqa: B027 - most have nothing to settle
         """Hears what the step reached on any rank, before anything is deposited."""
+
+
+def row_length(sizes: Iterable[int]) -> int:
+    """The elements of a row for parameters of these sizes."""
+    return CHUNK * sum(-(-size // CHUNK) for size in sizes)
+
+
+def _runs(chunks: int) -> list[int]:
+    """The lengths of runs that make up so many chunks."""
+    return [RUN] * (chunks // RUN) + ([chunks % RUN] if chunks % RUN else [])
+
+
+def _pieces(runs: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Takes runs together to pieces of at most so many chunks, or of one run: the chunks and runs of each piece."""
+    chunks = number = 0
+    for run in runs:
+        if number and chunks + run > most:
+            yield chunks, number
+            chunks = number = 0
+        chunks, number = chunks + run, number + 1
+    if number:
+        yield chunks, number
+
+
+def _sums(matrices: Tensor, lengths: Tensor) -> Tensor:
+    """The sums of neighbouring matrices, so many at a time."""
+    # Checked, the lengths would be waited for.
+    flat = torch.segment_reduce(matrices.flatten(1), "sum", lengths=lengths, unsafe=True)
+    return flat.view(len(lengths), *matrices.shape[1:])

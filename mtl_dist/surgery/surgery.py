@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ from mtl_dist.config import Config, Pattern, UserError, made
 from mtl_dist.surgery.combiners import AnyCombiner, GramCombiner, LossCombiner, Sum
 from mtl_dist.surgery.conflict import Conflict, conflict
 from mtl_dist.surgery.ddp import Replicated, Scattered
-from mtl_dist.surgery.rows import Rows
+from mtl_dist.surgery.rows import Coming, Rows, on_device
 from mtl_dist.surgery.zero import Partitioned
 
 ALL = "all tasks"  # the one row of a step that keeps no tasks apart
@@ -41,7 +42,9 @@ class SurgeryConfig(Config):
     # What is combined as one: all shared parameters, or each layer by itself.
     scope: Literal["shared", "layers"] = "shared"
     match: Pattern = "."  # only shared parameters of these names; the others' gradients are added up
-    every: PositiveInt = 1  # surgery on every n-th step, the plain sum on those between
+    every: PositiveInt = 1  # surgery on every n-th step, plain training on those between
+    # There, the plain sum; or the losses count as much as the last surgery had their gradients count, heads' as well.
+    between: Literal["sum", "held"] = "sum"
     # How far the tasks' gradients agree, also where they are only added up; `layers`: in each layer by itself as well.
     measure: bool | Literal["layers"] = False
     # Under DDP. all_reduce sends 2 K P elements a step; reduce_scatter (K + 1) P, and keeps K P / W of them.
@@ -56,6 +59,19 @@ class SurgeryConfig(Config):
     def operates_in(self, step: int) -> bool:
         """Whether a step's gradients are combined, and not just added up."""
         return self.operates and step % self.every == 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the weights of one step are those of the next ones."""
+        return self.operates and self.between == "held"
+
+    def refuse_misfits(self) -> None:
+        """Refuses settings that exclude each other."""
+        if self.holds and (self.scope != "shared" or self.match != "." or self.measure):
+            raise UserError(
+                "between is held, which gives each task's loss one weight and keeps no gradients apart between "
+                "surgeries: it goes with scope shared, and without match and measure"
+            )
 
 
 class Surgery:
@@ -87,12 +103,15 @@ class Surgery:
         self.config = made(SurgeryConfig, "Surgery", **settings)
         if not isinstance(combiner, str):  # which may be of a class of one's own
             self.config = self.config.model_copy(update={"combiner": combiner})
+        self.config.refuse_misfits()
         self.drop_nonfinite = drop_nonfinite
         self.accelerator = accelerator
         self.seed = (seed,) if isinstance(seed, int) else seed
         self.number = 0  # of the step at hand, or of the next one
         self.state: dict[str, dict[str, Any]] = {}  # the combiner's, for each group of parameters
-        self.conflict: Conflict | None = None  # what the gradients of the last step were like
+        # Of the last step: its tasks, their inner products, and the weights of each group of parameters.
+        self.measured: tuple[list[str], Tensor, Coming | None] | None = None
+        self.loss_scale = 1.0
         self.in_step = False
 
         module = unwrapped(model)
@@ -109,6 +128,10 @@ class Surgery:
         layers = by_layer(self.names, tuple(f"{path}." if path else "" for path in paths))
         self.layers = layers if self.config.measure == "layers" else None
         self.groups = groups_of(self.names, self.config, layers)
+        self.group_of_S = [len(self.groups)] * len(self.names)
+        for group, members in enumerate(self.groups.values()):
+            for place in members:
+                self.group_of_S[place] = group
         rest = [name for name, parameter in trained.items() if parameter not in ours]
         engine = _without_compile(model)  # Accelerate compiles what DDP has wrapped
         self.rows: Rows = _rows_class(engine, self.config.reduce)(
@@ -157,6 +180,8 @@ class Surgery:
         left = 0
         if isinstance(losses, Mapping):
             left, tasks, losses = len(losses), list(losses), losses.items()
+            if self.apart:
+                self.rows.reserve(len({*self.reached, *tasks}))
             if last or self.rows.scattered:  # else nothing is averaged yet
                 self._refuse_other_tasks([*self.reached, *tasks])
         for task, loss in _by_name(losses):
@@ -200,24 +225,24 @@ class Surgery:
     # --------------------------------------------------------------------------- for loops that know their steps before
 
     @contextmanager
-    def step(self, number: int, tasks: Sequence[str]) -> Iterator[None]:
+    def step(self, number: int, tasks: Sequence[str]) -> Iterator[dict[str, float]]:
         """Around all backward passes of a step; leaves the combined gradient where the optimizer finds it.
 
-            with surgery.step(number, ["nli", "sts"]):
+            with surgery.step(number, ["nli", "sts"]) as weight:
                 with surgery.task("nli", last=True):              # once for each task, in this order
                     with surgery.micro_batch(last) as backward:   # around forward and backward of a micro-batch
-                        backward(loss)
+                        backward(loss * weight["nli"])
 
         Since its tasks are known, a step that keeps nothing apart costs what plain training costs: the engine averages
         the sum, with the last micro-batch of the last task.
         """
         self._begin(number)
-        if self.apart:
-            self._refuse_other_tasks(tasks)
         self.by_engine = self.rows.sums and not self.apart
         self.last_task = tasks[-1]
         with self._or_give_up():
-            yield
+            if self.apart:
+                self.rows.reserve(len(tasks))
+            yield self.loss_weights(tasks)
             self._combine()
 
     @contextmanager
@@ -243,12 +268,29 @@ class Surgery:
         """What the losses of tasks are multiplied with, besides their own weights."""
         if isinstance(self.config.combiner, LossCombiner):
             return self.config.combiner.loss_weights(list(tasks), self.state.setdefault("losses", {}))
-        return dict.fromkeys(tasks, 1.0)
+        held: dict[str, float] = {}
+        if self.config.holds and not self.config.operates_in(self.number):
+            if self.measured is not None:
+                self._hold()
+            held = self.state.get("held", {})
+        return {task: held.get(task, 1.0) for task in tasks}
+
+    def _hold(self) -> None:
+        """Keeps the weights of the surgery that was just done."""
+        assert self.measured is not None
+        tasks, _, weights_GK = self.measured
+        if weights_GK is not None and (weights_K := weights_GK.read()[0]).isfinite().all():
+            self.state.setdefault("held", {}).update(zip(tasks, weights_K.tolist(), strict=True))
 
     def observe(self, losses: Mapping[str, float]) -> None:
         """Learns from the mean losses of the step's tasks, before any weight."""
         if isinstance(self.config.combiner, LossCombiner):
             self.config.combiner.observe(dict(losses), self.state.setdefault("losses", {}))
+
+    @property
+    def learns_from_losses(self) -> bool:
+        """Whether `observe` must hear of each step's losses before the next step."""
+        return isinstance(self.config.combiner, LossCombiner)
 
     @property
     def dropped(self) -> set[str]:
@@ -276,7 +318,6 @@ class Surgery:
         self.reached: dict[str, set[nn.Parameter]] = {}
         self.lost: dict[str, Tensor] = {}  # whether some loss of a task was no number
         self.losses: dict[str, list[Tensor]] = {}
-        self.checked = False  # that all ranks came with the same tasks
         self.rows.start()
 
     def _add(self, task: str, loss: Tensor, retain_graph: bool = False) -> None:
@@ -286,25 +327,26 @@ class Surgery:
         self.rows.backward(loss, retain_graph)
 
     def _combine(self) -> None:
-        rows, self.in_step, self.conflict = self.rows, False, None
+        rows, self.in_step, self.measured = self.rows, False, None
         if self.by_engine:
             if rows.steps:
                 rows.settle(set().union(*self._agreed([ALL])[0].values()))
         else:
-            reached, lost = self._agreed(rows.tasks)
             rows.finish()
-            weights_SK = torch.ones(len(self.names), len(rows.tasks), dtype=torch.float64)
+            reached, lost, grams_SKK = self._agreed(rows.tasks)
+            weights_GK = None
             if self.apart:
-                grams_SKK = rows.grams()
-                grams_SKK /= rows.loss_scale**2
                 if self.drop_nonfinite:
                     self._drop(grams_SKK, lost)
+                weights = None
                 if self.config.operates_in(self.number):
-                    weights_SK = self._weights(grams_SKK, rows.tasks)
-                self.conflict = conflict(rows.tasks, grams_SKK, weights_SK, self.layers)
+                    weights_GK, weights = self._weights(grams_SKK, rows.tasks)
+                self.measured = rows.tasks, grams_SKK, weights
+                if self.config.holds and rows.rank == 0:  # the others need not wait for it
+                    self._hold()
             kept = set().union(*(reached[task] for task in rows.kept))
             rows.settle(kept)
-            rows.deposit(weights_SK, kept)
+            rows.deposit(weights_GK, self.group_of_S, kept)
         self.number += 1
 
     def _drop(self, grams_SKK: Tensor, lost: Set[str]) -> None:
@@ -314,63 +356,82 @@ class Surgery:
         """
         for k, task in enumerate(self.rows.tasks):
             finite = grams_SKK[:, k, k].sum().isfinite()
-            if task in lost or not (finite or self.rows.loss_scale > 1):
+            if task in lost or not (finite or self.loss_scale > 1):
                 self.rows.drop(task)
                 grams_SKK[:, k] = grams_SKK[:, :, k] = 0
 
     def _refuse_other_tasks(self, tasks: Sequence[str]) -> None:
-        """Refuses ranks that come with other tasks: what they average would not be the same."""
-        self.checked = True
-        if self.rows.world == 1:
-            return
-        name = zlib.crc32("\n".join(tasks).encode())
-        names = torch.tensor([name, -name], device=self.rows.device)
-        dist.all_reduce(names, op=dist.ReduceOp.MAX, group=self.rows.group)
-        if names[0] != -names[1]:
+        """Refuses ranks that come with other tasks, before they average what is not the same."""
+        self._refuse_other_names(tasks, self.rows.summed(_checksums(tasks), []))
+
+    def _refuse_other_names(self, tasks: Sequence[str], sums: Tensor) -> None:
+        if sums.tolist() != [self.rows.world * each for each in _checksums(tasks)]:
             raise UserError(
                 f"step {self.number}: the ranks came with different tasks, this one with {', '.join(tasks)}; draw the "
                 "tasks alike on all ranks, in the same order"
             )
 
-    def _agreed(self, tasks: list[str]) -> tuple[dict[str, Set[nn.Parameter]], Set[str]]:
-        """What each task reached on any rank, and the tasks some of whose losses were no numbers on any rank."""
-        if not self.checked:
-            self._refuse_other_tasks(tasks)
-        if self.rows.world == 1:
-            return {task: self.reached.get(task, set()) for task in tasks}, {t for t in self.lost if self.lost[t]}
-        seen_KS = torch.zeros(len(tasks), len(self.places), dtype=torch.int64)
-        for k, task in enumerate(tasks):
-            seen_KS[k, [self.places[parameter] for parameter in self.reached.get(task, ())]] = 1
-        none = torch.zeros((), dtype=torch.bool, device=self.rows.device)
-        lost_K = torch.stack([self.lost.get(task, none) for task in tasks]).long() if tasks else none[None].long()
-        both = torch.cat([lost_K, seen_KS.reshape(-1).to(self.rows.device)])
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.rows.group)
-        found = both.cpu()
-        lost_K, seen_KS = found[: len(lost_K)], found[len(lost_K) :].view_as(seen_KS)
+    def _agreed(self, tasks: list[str]) -> tuple[dict[str, Set[nn.Parameter]], Set[str], Tensor]:
+        """What the ranks know together: the parameters that each task reached on any of them, the tasks some of whose
+        losses were no numbers, and the inner products of the tasks' gradients, (S, K, K) in fp64 on the CPU.
+        """
+        rows, K = self.rows, len(tasks)
+        seen_by_task = [[0.0] * len(self.places) for _ in tasks]
+        for seen, task in zip(seen_by_task, tasks, strict=True):
+            for parameter in self.reached.get(task, ()):
+                seen[self.places[parameter]] = 1.0
+        none = torch.zeros((), device=rows.device)
+        lost_losses = [self.lost.get(task, none) for task in tasks]
+        grams_SKK = [rows.grams()] if self.apart else []
+        known = [*_checksums(tasks), *chain.from_iterable(seen_by_task)]
+        sums = rows.summed(known, [*lost_losses, rows.loss_scale, *grams_SKK])
+        lengths = [2, len(known) - 2, K, 1, len(sums) - len(known) - K - 1]
+        names, seen_KS, lost_K, scale, grams = torch.split(sums, lengths)
+        self._refuse_other_names(tasks, names)
+        self.loss_scale = scale.item() / rows.world
         parameters = list(self.places)
         reached: dict[str, Set[nn.Parameter]] = {
-            task: {parameters[place] for place in seen_S.nonzero()[:, 0].tolist()}
-            for task, seen_S in zip(tasks, seen_KS, strict=True)
+            task: {parameters[place] for place in places.nonzero()[:, 0].tolist()}
+            for task, places in zip(tasks, seen_KS.view(K, -1), strict=True)
         }
-        return reached, {task for task, lost in zip(tasks, lost_K, strict=False) if lost}
+        lost_tasks = {task for task, number in zip(tasks, lost_K.tolist(), strict=True) if number}
+        return reached, lost_tasks, grams.view(-1, K, K) / self.loss_scale**2
 
-    def _weights(self, grams_SKK: Tensor, tasks: list[str]) -> Tensor:
-        """How often each task's gradient of each shared parameter goes into the combined one: the same on all ranks."""
+    def _weights(self, grams_SKK: Tensor, tasks: list[str]) -> tuple[Tensor, Coming]:
+        """How often each task's gradient goes into the combined one, for each group: (G, K), the same on all ranks; on
+        the device, and on the CPU. The last group is of those parameters whose gradients are added up.
+        """
         assert isinstance(self.config.combiner, GramCombiner)
-        weights_SK = grams_SKK.new_ones(grams_SKK.shape[:2])
+        weights_GK = grams_SKK.new_ones(len(self.groups) + 1, len(tasks))
         if self.rows.rank == 0:
             seed = np.random.SeedSequence((*self.seed, self.number)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(seed[0]) % 2**63)
-            for group, members in self.groups.items():
+            for weights_K, (group, members) in zip(weights_GK, self.groups.items(), strict=False):
                 state = self.state.setdefault(group, {})
                 gram_KK = grams_SKK[members].sum(0)
-                weights_SK[members] = self.config.combiner.weights(gram_KK, tasks, state, generator)
+                weights_K[:] = self.config.combiner.weights(gram_KK, tasks, state, generator)
         # One rank decides: on another processor a sign near zero could come out the other way.
+        there_GK = on_device(weights_GK, self.rows.device)
         if self.rows.world > 1:
-            on_device = weights_SK.to(self.rows.device)
-            dist.broadcast(on_device, group_src=0, group=self.rows.group)
-            weights_SK = on_device.cpu()
-        return weights_SK
+            dist.broadcast(there_GK, group_src=0, group=self.rows.group)
+        return there_GK, Coming(weights_GK if self.rows.rank == 0 else there_GK)
+
+    @property
+    def conflict(self) -> Conflict | None:
+        """What the gradients of the last step were like, where its tasks were kept apart."""
+        if self.measured is None:
+            return None
+        tasks, grams_SKK, weights_GK = self.measured
+        weights_SK = grams_SKK.new_ones(grams_SKK.shape[:2])
+        if weights_GK is not None:
+            weights_SK = weights_GK.read()[self.group_of_S]
+        return conflict(tasks, grams_SKK, weights_SK, self.layers)
+
+
+def _checksums(tasks: Sequence[str]) -> list[float]:
+    """Two numbers whose sums over the ranks are multiples of their own only where all ranks have the same tasks."""
+    name = zlib.crc32("\n".join(tasks).encode()) >> 12  # its square is exact in fp64, over a million ranks as well
+    return [name, name**2]
 
 
 def _by_name(losses: Any) -> Iterator[tuple[str, Any]]:

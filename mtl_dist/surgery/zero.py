@@ -7,7 +7,7 @@ All that touches DeepSpeed's internals is here; the tests against one process gu
 
 # Shape suffixes: as in rows.py.
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,8 +116,8 @@ class Partitioned(Rows):
         self.places = places(self.zero)
         self.groups = groups_in(self.zero)
         self.names = {parameter: name for name, parameter in model.module.named_parameters()}
-        self._lay_out(self.places[p].inside.stop - self.places[p].inside.start for p in shared)
         self.device = next(iter(self.places.values())).flat.device
+        self._lay_out([self.places[p].inside.stop - self.places[p].inside.start for p in shared])
         self.step_reached: Set[nn.Parameter] = set()
         self.hooks.append(self.zero.optimizer.register_step_pre_hook(self._pass_over_unused))
 
@@ -151,9 +151,9 @@ class Partitioned(Rows):
         self.model.backward(loss, retain_graph=retain_graph)  # accelerator.backward would step as well
 
     @property
-    def loss_scale(self) -> float:
+    def loss_scale(self) -> Tensor:
         """The factor that keeps fp16 gradients in range; they still have it when they are combined."""
-        return float(self.zero.loss_scale)
+        return torch.full((), float(self.zero.loss_scale), device=self.device)
 
     @contextmanager
     def of_task(self, task: str, last: bool) -> Iterator[None]:
@@ -186,9 +186,9 @@ class Partitioned(Rows):
             if self.step_reached.isdisjoint(members):
                 flat.grad = None
 
-    def deposit(self, weights_SK: Tensor, reached: Set[nn.Parameter]) -> None:
+    def deposit(self, weights_GK: Tensor | None, group_of_S: Sequence[int], reached: Set[nn.Parameter]) -> None:
         """Makes the combination of the rows, and the sum of what is not combined, what ZeRO will step with."""
-        combined_N = self.combined(weights_SK)
+        combined_N = self.combined(weights_GK, group_of_S)
         own = self.summed_own()
         columns = dict(zip(self.shared, self.slices, strict=True))
         for parameter, part in averaged_parts(self.zero).items():

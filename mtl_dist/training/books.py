@@ -2,15 +2,19 @@
 
 The meter counts what happens between two reports; alarms say where losses and gradients that are no numbers come from;
 the judge scores the dev sets and keeps the best model; recorder and screen tell.
+
+A GPU is still computing a step when its loop has gone through it. So what came of a step is entered when the next one
+is under way, or as soon as somebody needs to know: one wait a step, and mostly a short one.
 """
 
 import math
 import os
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, Self, TypeVar
 
 import torch
@@ -24,10 +28,11 @@ from mtl_dist.config import UserError, dump
 from mtl_dist.data.batches import Batch
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.read import place
-from mtl_dist.distributed import Watchdog, on_one
-from mtl_dist.experiment import Experiment, Stage
+from mtl_dist.distributed import STOPPING, Stops, Watchdog, on_one
+from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import BEST, MultiTaskModel, save_model, saved_scores
 from mtl_dist.surgery.conflict import Conflict, mean_of
+from mtl_dist.surgery.rows import Coming, summed
 from mtl_dist.training.engine import Stepped
 from mtl_dist.training.scores import Scores, deciding_score, main_scores, score_all
 from mtl_dist.training.setup import Run, Trainer
@@ -39,6 +44,34 @@ T = TypeVar("T")
 OF_LATE = 100  # losses of a task with which the next one is compared
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step that this rank went through, and what will be known of it."""
+
+    done: int  # steps, with this one
+    trainer: Trainer
+    draws: Counter[str]  # of each task
+    micro_batches: list[tuple[Batch, Tensor]]  # this rank's, and the losses of their rows before any weight
+    dropped: set[str]  # the tasks that it went without
+    conflict: Conflict | None  # how far the task gradients agreed, where that is known; on the main process alone
+    coming: Coming  # the norm, the next loss scale; then sums over the ranks: tokens, votes, the losses of each task
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a step on all ranks together."""
+
+    norm: float  # of the gradient, before clipping
+    loss_scale: float  # of the next step
+    losses: dict[str, float]  # the mean of each task
+    tokens: int
+
+    @property
+    def skipped(self) -> bool:
+        """Whether it left the weights alone."""
+        return not math.isfinite(self.norm)
+
+
 class Meter:
     """Adds up what happened since the last report, on all ranks together."""
 
@@ -47,7 +80,6 @@ class Meter:
         self.sizes = sizes
         self.draws = dict.fromkeys(sizes, 0)
         self.skipped = 0
-        self.start(())
         self.restart()
 
     def state(self) -> dict[str, Any]:
@@ -89,20 +121,6 @@ class Meter:
         self.seconds = 0.0  # before the clock was started
         self.start_clock()
 
-    def start(self, draws: Iterable[str]) -> None:
-        """Begins a step that draws these tasks."""
-        self.drawn = Counter(draws)
-        self.of_step: list[tuple[Batch, Tensor]] = []  # this rank's micro-batches, and the losses of their rows
-
-    def micro_batch(self, batch: Batch, loss_N: Tensor) -> None:
-        """Counts a micro-batch of this rank, and its losses before any weight."""
-        self.of_step.append((batch, loss_N.detach()))
-
-    def conflict(self, conflict: Conflict | None) -> None:
-        """Notes how far the task gradients of a step agreed, where that is known."""
-        if conflict is not None:
-            self.conflicts.append(conflict)
-
     def waits(self, items: Iterable[T]) -> Iterator[T]:
         """The same items; measures how long they let the loop wait."""
         iterator = iter(items)
@@ -115,38 +133,19 @@ class Meter:
             self.waited += time.perf_counter() - start
             yield item
 
-    def step(self, stepped: Stepped, dropped: Collection[str]) -> dict[str, float]:
-        """Counts the step of all ranks; the mean loss of each of its tasks."""
-        sums = {task: torch.zeros((), device=self.accelerator.device) for task in self.drawn}
-        for batch, loss_N in self.of_step:
-            sums[batch.task] += loss_N.sum()
-        tokens_here = torch.tensor(
-            sum(batch.packed.num_tokens for batch, _ in self.of_step), device=self.accelerator.device
-        )
-        *totals, tokens = self.accelerator.reduce(torch.stack([*sums.values(), tokens_here])).tolist()
-        losses = {task: s / (n * self.sizes[task]) for (task, n), s in zip(self.drawn.items(), totals, strict=True)}
-        self.tokens += round(tokens)
+    def step(self, step: Step, outcome: Outcome) -> None:
+        """Counts a step of all ranks."""
+        self.tokens += outcome.tokens
         self.steps += 1
-        self.norm = stepped.norm
-        self.skipped += stepped.skipped
-        if not stepped.skipped:
-            for task, draws in self.drawn.items():
-                if task not in dropped:  # what did not go into the step does not enter the means
+        self.norm = outcome.norm
+        self.skipped += outcome.skipped
+        if not outcome.skipped:
+            for task, draws in step.draws.items():
+                if task not in step.dropped:  # what did not go into the step does not enter the means
                     self.new_draws[task] += draws
-                    self.loss_sums[task] += draws * losses[task]
-        return losses
-
-    def losses_of_rows(self, tasks: Collection[str]) -> dict[str, list[tuple[float, int]]]:
-        """The losses of the rows that some tasks had in the step, and these rows; every rank must ask for them."""
-        here = [
-            (batch.task, list(zip(loss_N.tolist(), batch.rows.tolist(), strict=True)))
-            for batch, loss_N in self.of_step
-            if batch.task in tasks and batch.weight_N.any()  # or it fills in for rows that this rank has not
-        ]
-        found: dict[str, list[tuple[float, int]]] = {task: [] for task in tasks}
-        for task, rows in gather_object(here):
-            found[task] += rows
-        return found
+                    self.loss_sums[task] += draws * outcome.losses[task]
+        if step.conflict is not None:
+            self.conflicts.append(step.conflict)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -179,19 +178,25 @@ class Meter:
 
 
 @contextmanager
-def enough_memory(batch: Batch, step: int) -> Iterator[None]:
-    """Ends this rank with one line where a micro-batch takes more memory than there is."""
+def enough_memory(
+    doing: str, way_out: str = "use more GPUs with FSDP2 or ZeRO, or train less of the model"
+) -> Iterator[None]:
+    """Ends this rank with one line where something takes more memory than there is."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        rank = os.environ.get("RANK", "0")
-        raise SystemExit(
-            f"rank {rank}: out of memory in step {step}, in a micro-batch of task '{batch.task}' with "
-            f"{len(batch.rows)} rows and {batch.packed.num_tokens:,} tokens; set gradients.max_tokens below "
-            "that, or raise gradients.accumulation, or set encoder.activation_checkpointing"
-        ) from error
+        raise SystemExit(f"rank {os.environ.get('RANK', '0')}: out of memory in {doing}; {way_out}") from error
+
+
+def enough_for(batch: Batch, step: int) -> AbstractContextManager[None]:
+    """Ends this rank with one line where a micro-batch takes more memory than there is."""
+    return enough_memory(
+        f"step {step}, in a micro-batch of task '{batch.task}' with {len(batch.rows)} rows and "
+        f"{batch.packed.num_tokens:,} tokens",
+        "set gradients.max_tokens below that, or raise gradients.accumulation, or set encoder.activation_checkpointing",
+    )
 
 
 class Alarms:
@@ -202,14 +207,10 @@ class Alarms:
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        meter: Meter,
         splits: Mapping[str, Split],
         screen: Screen,
         recorder: Recorder | None,
     ) -> None:
-        self.accelerator = accelerator
-        self.meter = meter
         self.splits = splits
         self.screen = screen
         self.recorder = recorder
@@ -227,23 +228,24 @@ class Alarms:
             if task in self.of_late:
                 self.of_late[task].extend(losses)
 
-    def after(self, done: int, stage: Stage, stepped: Stepped, dropped: set[str], losses: Mapping[str, float]) -> None:
+    def after(self, step: Step, outcome: Outcome) -> None:
         """Looks at a step; every rank finds the same."""
-        if stepped.skipped or dropped:
-            lost = [task for task, loss in losses.items() if not math.isfinite(loss)]
+        if outcome.skipped or step.dropped:
+            lost = [task for task, loss in outcome.losses.items() if not math.isfinite(loss)]
             # An overflow is what fp16's losses are scaled for, as long as the scale can fall.
-            if lost or dropped or stepped.loss_scale <= 1:
-                self._no_number(done, stage, dropped, lost)
+            if lost or step.dropped or outcome.loss_scale <= 1:
+                self._no_number(step, lost)
         else:
             self.in_a_row = 0
-        finite = {task: loss for task, loss in losses.items() if math.isfinite(loss)}
-        self._spikes(done, stage, {task: loss for task, loss in finite.items() if self._jumps(task, loss)})
+        finite = {task: loss for task, loss in outcome.losses.items() if math.isfinite(loss)}
+        self._spikes(step, {task: loss for task, loss in finite.items() if self._jumps(task, loss)})
         for task, loss in finite.items():
             self.of_late[task].append(loss)
 
-    def _no_number(self, done: int, stage: Stage, dropped: set[str], tasks: list[str]) -> None:
+    def _no_number(self, step: Step, tasks: list[str]) -> None:
         self.in_a_row += 1
-        rows = self.meter.losses_of_rows(tasks) if tasks else {}
+        stage, dropped = step.trainer.stage, sorted(step.dropped)
+        rows = losses_of_rows(step, tasks) if tasks else {}
         places = {
             task: self._places(task, sorted(row for loss, row in found if not math.isfinite(loss)))
             for task, found in rows.items()
@@ -251,40 +253,53 @@ class Alarms:
         where = "; ".join(
             f"the loss of task '{task}' is no number at {', '.join(at[:3])}" for task, at in places.items() if at
         )
-        what = f"step {done}: {where or 'the gradient is infinite or NaN'}"
+        what = f"step {step.done}: {where or 'the gradient is infinite or NaN'}"
         if self.recorder:
-            self.recorder.record(done, "fault", {"stage": stage.name, "rows": places, "dropped": sorted(dropped)})
+            self.recorder.record(step.done, "fault", {"stage": stage.name, "rows": places, "dropped": dropped})
         policy = stage.gradients
         if policy.nonfinite == "stop" or self.in_a_row >= policy.most_nonfinite:
             often = f", {self.in_a_row} steps in a row" if self.in_a_row > 1 else ""
             raise UserError(f"{what}{often}; lower optim.lr, set gradients.clip_norm, or look at these rows")
-        self.screen.line(f"{what}; {'left out: ' + ', '.join(sorted(dropped)) if dropped else 'the step is left out'}")
+        self.screen.line(f"{what}; {'left out: ' + ', '.join(dropped) if dropped else 'the step is left out'}")
 
     def _jumps(self, task: str, loss: float) -> bool:
         """Whether a loss is more than twice the highest one of late; standard deviations would mind long tails."""
         of_late = self.of_late[task]
         return len(of_late) >= OF_LATE // 2 and loss > 2 * max(of_late) > 0
 
-    def _spikes(self, done: int, stage: Stage, spikes: Mapping[str, float]) -> None:
+    def _spikes(self, step: Step, spikes: Mapping[str, float]) -> None:
         if not spikes:
             return
         places = {}
-        for task, found in self.meter.losses_of_rows(spikes).items():
+        for task, found in losses_of_rows(step, spikes).items():
             highest = sorted(found, reverse=True)[:3]
             places[task] = self._places(task, [row for _, row in highest])
             at = ", ".join(f"{place} ({loss:.3g})" for (loss, _), place in zip(highest, places[task], strict=True))
             self.screen.line(
-                f"step {done}: the loss of task '{task}' is {spikes[task]:.3g}, at most "
+                f"step {step.done}: the loss of task '{task}' is {spikes[task]:.3g}, at most "
                 f"{max(self.of_late[task]):.3g} of late; highest at {at}"
             )
         if self.recorder:
             before = {task: max(self.of_late[task]) for task in spikes}
-            record = {"stage": stage.name, "loss": spikes, "highest_before": before, "rows": places}
-            self.recorder.record(done, "spike", record)
+            record = {"stage": step.trainer.stage.name, "loss": spikes, "highest_before": before, "rows": places}
+            self.recorder.record(step.done, "spike", record)
 
     def _places(self, task: str, rows: Iterable[int]) -> list[str]:
         split = self.splits[task]
         return [place(split.source, split.line(row)) for row in rows]
+
+
+def losses_of_rows(step: Step, tasks: Collection[str]) -> dict[str, list[tuple[float, int]]]:
+    """The losses of the rows that some tasks had in a step, and these rows; every rank must ask for them."""
+    here = [
+        (batch.task, list(zip(loss_N.tolist(), batch.rows.tolist(), strict=True)))
+        for batch, loss_N in step.micro_batches
+        if batch.task in tasks and batch.weight_N.any()  # or it fills in for rows that this rank has not
+    ]
+    found: dict[str, list[tuple[float, int]]] = {task: [] for task in tasks}
+    for task, rows in gather_object(here):
+        found[task] += rows
+    return found
 
 
 class Judge:
@@ -361,8 +376,9 @@ class Judge:
 class Books:
     """The books of a run."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, stops: Stops) -> None:
         config, accelerator = run.config, run.accelerator
+        self.stops = stops
         self.run = run
         self.screen = Screen(list(config.tasks), run.total_steps, run.console)
         self.recorder: Recorder | None = None
@@ -375,7 +391,9 @@ class Books:
         self.judge = Judge(
             accelerator, config, run.splits["dev"], run.tokenizer, self.screen, self.recorder, self.watchdog.watch
         )
-        self.alarms = Alarms(accelerator, self.meter, run.splits["train"], self.screen, self.recorder)
+        self.alarms = Alarms(run.splits["train"], self.screen, self.recorder)
+        self.under_way = deque[Step]()
+        self.votes = [0.0] * len(STOPPING)  # of all ranks, as of the last step that was entered
         if run.resumed is not None:
             state = run.resumed.state
             self.meter.load(state["meter"])
@@ -392,6 +410,44 @@ class Books:
     def state(self) -> dict[str, Any]:
         """All of it that a checkpoint keeps."""
         return {"meter": self.meter.state(), "alarms": self.alarms.state(), **self.judge.state()}
+
+    def add(
+        self,
+        trainer: Trainer,
+        draws: Iterable[str],
+        micro_batches: list[tuple[Batch, Tensor]],
+        stepped: Stepped,
+    ) -> None:
+        """Sends for what came of a step that draws these tasks; every rank must take part."""
+        surgery, drawn, device = trainer.surgery, Counter(draws), self.run.accelerator.device
+        sums = {task: torch.zeros((), device=device) for task in drawn}
+        for batch, loss_N in micro_batches:
+            sums[batch.task] += loss_N.sum()
+        tokens = sum(batch.packed.num_tokens for batch, _ in micro_batches)
+        known = [tokens, *self.stops.votes()]
+        numbers = [stepped.norm.reshape(1), stepped.loss_scale.reshape(1), summed(known, sums.values(), device)]
+        conflict = surgery.conflict if self.run.accelerator.is_main_process else None
+        dropped, coming = surgery.dropped, Coming(torch.cat(numbers))
+        self.under_way.append(Step(self.run.done, trainer, drawn, micro_batches, dropped, conflict, coming))
+
+    def settle(self, leave: int = 0) -> None:
+        """Enters the steps that are under way, but for so many; every rank must ask for it."""
+        while len(self.under_way) > leave:
+            step = self.under_way.popleft()
+            norm, loss_scale, tokens, *sums = step.coming.read().tolist()
+            self.votes, sums = sums[: len(STOPPING)], sums[len(STOPPING) :]
+            losses = {
+                task: total / (n * self.meter.sizes[task])
+                for (task, n), total in zip(step.draws.items(), sums, strict=True)
+            }
+            outcome = Outcome(norm, loss_scale, losses, round(tokens))
+            self.meter.step(step, outcome)
+            step.trainer.surgery.observe(losses)
+            self.alarms.after(step, outcome)
+
+    def stop(self) -> signal.Signals | None:
+        """The signal that ends the run here, the same on all ranks."""
+        return self.stops.agreed(self.votes)
 
     def report(self, trainer: Trainer) -> None:
         """Tells of the steps since the last report."""

@@ -30,11 +30,10 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Stepped:
-    """What became of a step."""
+    """What became of a step, as the device may still compute it."""
 
-    norm: float  # of the gradient, before clipping
-    skipped: bool  # because of an overflow that fp16's scaling is there for, or because the norm is no number
-    loss_scale: float  # of the next step
+    norm: Tensor  # of the gradient, before clipping; where it is no number, the step was skipped
+    loss_scale: Tensor  # of the next step
 
 
 class Engine(ABC, Generic[M]):
@@ -51,26 +50,34 @@ class Engine(ABC, Generic[M]):
         """What the model makes of its inputs, in the run's precision."""
         return self.model(*inputs)
 
-    @property
-    def loss_scale(self) -> float:
-        """The factor that keeps fp16 gradients in range."""
-        scaler = self.accelerator.scaler
-        return 1.0 if scaler is None else float(scaler.get_scale())
-
     def step(self) -> Stepped:
         """Clips, steps, and clears the gradients; without a step where they are not finite."""
-        before = self.loss_scale
-        if all(parameter.grad is None for parameter in self.module.parameters()):  # every task was dropped
-            return Stepped(math.nan, True, before)
-        largest = math.inf if self.clip_norm is None else self.clip_norm
-        norm = float(_whole(self.accelerator.clip_grad_norm_(self.module.parameters(), largest)))
-        # The same on all ranks, because the gradients are. With a scaler the optimizer finds out by itself.
-        finite = math.isfinite(norm)
-        if finite or self.accelerator.scaler is not None:
-            self.optimizer.step()
+        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        device, scaler = self.accelerator.device, self.accelerator.scaler
+        if not parameters:  # every task was dropped
+            norm = torch.full((), math.nan, device=device)
+        else:
+            self.accelerator.unscale_gradients()
+            total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if self.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, total)
+            norm = _whole(total)
+            self._step_if_finite(norm)
         self.optimizer.zero_grad()
-        # A fused optimizer skips an overflow by itself; only the scale tells.
-        return Stepped(norm, not finite or self.loss_scale < before, self.loss_scale)
+        one = torch.ones((), device=device)
+        return Stepped(norm, one if scaler is None else scaler.scale(one))
+
+    def _step_if_finite(self, norm: Tensor) -> None:
+        """Steps, if the norm is a number: the same on all ranks, because the gradients are."""
+        optimizer = self.optimizer.optimizer
+        if self.accelerator.scaler is not None:  # which finds out by itself
+            self.optimizer.step()
+        elif optimizer.param_groups[0].get("fused"):  # decides on the device
+            optimizer.found_inf = norm.isfinite().logical_not().float()
+            self.optimizer.step()
+            del optimizer.found_inf
+        elif norm.isfinite():
+            self.optimizer.step()
 
     def moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """What the optimizer knows of each parameter that it moved, whole; every rank must ask for all of them."""
@@ -174,20 +181,17 @@ class Zero(Split[M]):
             if (place := self.places.get(theirs)) is not None:
                 place.scatter(ours.detach().to(accelerator.device), place.flat.detach())
 
-    @property
-    def loss_scale(self) -> float:
-        return float(self.model.optimizer.loss_scale)
-
     def step(self) -> Stepped:
         zero = self.model.optimizer
         parts = averaged_parts(zero).values()
         square = torch.stack([part.double().square().sum() for part in parts]).sum()
         dist.all_reduce(square)
-        norm = math.sqrt(square) / self.loss_scale
+        norm = square.sqrt() / zero.loss_scale
         # In fp16 DeepSpeed finds out by itself; else it would step.
-        if math.isfinite(norm) or precision_of(self.accelerator) == "fp16":
+        if precision_of(self.accelerator) == "fp16" or norm.isfinite():
             self.model.step()
-        return Stepped(norm, not math.isfinite(norm) or zero.overflow, self.loss_scale)
+        norm = torch.full_like(norm, math.inf) if zero.overflow else norm
+        return Stepped(norm, torch.full_like(norm, zero.loss_scale))
 
     def gather(self, parameter: nn.Parameter) -> Tensor:
         place = self.places[parameter]

@@ -7,6 +7,8 @@ optimizer.
 
 import signal
 
+from torch import Tensor
+
 from mtl_dist.checkpoint import RunLock
 from mtl_dist.config import UserError
 from mtl_dist.data.batches import Batch, prefetched
@@ -15,7 +17,7 @@ from mtl_dist.distributed import Stops, lost_ranks, on_one, processes, seed_step
 from mtl_dist.experiment import Experiment, Stage
 from mtl_dist.model.multitask import BEST
 from mtl_dist.optim import set_lr
-from mtl_dist.training.books import Books, enough_memory
+from mtl_dist.training.books import Books, enough_for, enough_memory
 from mtl_dist.training.resume import Saver
 from mtl_dist.training.scores import Scores
 from mtl_dist.training.setup import Run, Trainer, evaluation_steps, set_up, start_stage
@@ -36,13 +38,13 @@ def train(config: Experiment, overwrite: bool = False, resume: str = "never", al
     ):
         run = set_up(accelerator, config, lock, overwrite, resume, allow_changes)
         with (
-            Books(run) as books,
+            Books(run, stops) as books,
             Saver(accelerator, config, run.about, books.screen.line) as saver,
             books.watchdog,
         ):
             stop = None
             for stage in run.stages[run.first[0] :]:
-                stop = train_stage(run, stage, books, saver, stops)
+                stop = train_stage(run, stage, books, saver)
                 if stop:
                     break
             books.watchdog.watch()
@@ -51,12 +53,13 @@ def train(config: Experiment, overwrite: bool = False, resume: str = "never", al
         return books.judge.best
 
 
-def train_stage(run: Run, stage: Stage, books: Books, saver: Saver, stops: Stops) -> signal.Signals | None:
+def train_stage(run: Run, stage: Stage, books: Books, saver: Saver) -> signal.Signals | None:
     """Trains a stage to its end, or to the signal that stops the run there."""
     start, end = run.first_step(stage), run.orders[stage.number].steps
     if len(run.stages) > 1:
         books.screen.line(f"stage {stage.name}: {', '.join(stage.tasks)}, {end:,} steps")
-    trainer = start_stage(run, stage)
+    with enough_memory(f"the set-up of stage {stage.name}"):
+        trainer = start_stage(run, stage)
     if not trainer.surgery.names and (stage.gradients.operates or stage.gradients.measure):
         books.screen.line("the tasks share nothing that is trained: there are no gradients to combine or to measure")
     engine, meter = trainer.engine, books.meter
@@ -66,29 +69,41 @@ def train_stage(run: Run, stage: Stage, books: Books, saver: Saver, stops: Stops
             books.evaluate(trainer)
 
     def save(step: int) -> None:
+        books.settle()
         state = {"stage": stage.number, "step": step, "combiner": trainer.surgery.state, **books.state()}
         with meter.paused():
             books.watchdog.watch()
             saver.save(run.done, engine, run.carried, state)
+
+    def batches_of(step: int) -> tuple[list[Draw], list[Batch]]:
+        draws, batches = trainer.batches.of_step(step)
+        return draws, [batch.to(run.accelerator.device) for batch in batches]
 
     meter.start_clock()
     stop, more = None, any(order.steps for order in run.orders[stage.number + 1 :])
     evaluations = (step for step in evaluation_steps(run.config, trainer.order) if step > start)
     next_evaluation = next(evaluations, end)
     steps = range(start, end)
-    for step, (draws, batches) in zip(steps, meter.waits(prefetched(trainer.batches.of_step, steps)), strict=True):
+    for step, (draws, batches) in zip(steps, meter.waits(prefetched(batches_of, steps)), strict=True):
         books.watchdog.watch()
-        train_step(run, trainer, step, draws, batches, books)
+        with enough_memory(f"step {run.done + 1}"):
+            train_step(run, trainer, step, draws, batches, books)
 
         last = step + 1 == end
-        if last or run.done % run.config.log.every_steps == 0:
-            books.report(trainer)
-        if evaluated := step + 1 == next_evaluation:
+        reports = last or run.done % run.config.log.every_steps == 0
+        if evaluates := step + 1 == next_evaluation:
             next_evaluation = next(evaluations, end)
+        saves = last or saver.is_due(run.done, evaluates)
+        # What came of a step is needed at once, or read while the next one is under way.
+        at_once = reports or evaluates or saves or trainer.surgery.learns_from_losses
+        books.settle(leave=0 if at_once else 1)
+        if reports:
+            books.report(trainer)
+        if evaluates:
             evaluate()
         if not last or more:  # else there is nothing to stop
-            stop = stops.agreed()
-        if last or stop or saver.is_due(run.done, evaluated):
+            stop = books.stop()
+        if saves or stop:
             save(step + 1)
         if stop:
             return stop
@@ -105,16 +120,15 @@ def train_stage(run: Run, stage: Stage, books: Books, saver: Saver, stops: Stops
 
 def train_step(run: Run, trainer: Trainer, step: int, draws: list[Draw], batches: list[Batch], books: Books) -> None:
     """One step of a stage: forward and backward for each task drawn, combine, clip, step."""
-    stage, surgery, meter, device = trainer.stage, trainer.surgery, books.meter, run.accelerator.device
+    stage, surgery = trainer.stage, trainer.surgery
     seed_step(run.config.seed, run.done, run.accelerator.process_index)
     set_lr(trainer.optimizer, stage.optim.lr * stage.optim.schedule.factor(step, trainer.order.steps))
+    of_rows: list[tuple[Batch, Tensor]] = []
     by_task: dict[str, list[Batch]] = {task: [] for task, _ in draws}
     for batch in batches:
-        by_task[batch.task].append(batch.to(device))
+        by_task[batch.task].append(batch)
     rows_averaged = rows_of_mean(stage, draws)
-    loss_weight = surgery.loss_weights(by_task)
-    meter.start(task for task, _ in draws)
-    with surgery.step(step, list(by_task)):
+    with surgery.step(step, list(by_task)) as loss_weight:
         for name, batches_of_task in by_task.items():
             task = stage.tasks[name]
             # The ranks' mean of losses scaled so is the mean over the global batch, however rows are dealt.
@@ -122,17 +136,14 @@ def train_step(run: Run, trainer: Trainer, step: int, draws: list[Draw], batches
             with surgery.task(name, last=True):
                 for batch in batches_of_task:
                     last = batch is batches_of_task[-1]
-                    with enough_memory(batch, run.done + 1), surgery.micro_batch(last) as backward:
+                    with enough_for(batch, run.done + 1), surgery.micro_batch(last) as backward:
                         raw_NO = trainer.engine.forward(name, batch.packed)
                         loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
                         backward(loss_N.sum() * scale)
-                    meter.micro_batch(batch, loss_N)
-    meter.conflict(surgery.conflict)
+                    of_rows.append((batch, loss_N.detach()))
     stepped = trainer.engine.step()
     run.done += 1
-    losses = meter.step(stepped, surgery.dropped)
-    surgery.observe(losses)
-    books.alarms.after(run.done, stage, stepped, surgery.dropped, losses)
+    books.add(trainer, (task for task, _ in draws), of_rows, stepped)
 
 
 def rows_of_mean(stage: Stage, draws: list[Draw]) -> dict[str, float]:

@@ -426,7 +426,7 @@ def test_out_of_memory_says_where_and_what_to_lower(tiny: Path, error: RuntimeEr
 def test_a_signal_that_is_said_again(tiny: Path) -> None:
     with Stops(Accelerator(cpu=True)) as stops:
         signal.raise_signal(signal.SIGTERM)
-        assert stops.agreed() == signal.SIGTERM
+        assert stops.agreed(stops.votes()) == signal.SIGTERM
     signal.raise_signal(signal.SIGTERM)  # while Python ends
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
@@ -445,10 +445,10 @@ def test_ctrl_c_is_heard_once(capfd: pytest.CaptureFixture[str]) -> None:
     with Stops(Accelerator(cpu=True)) as stops:
         with pytest.raises(KeyboardInterrupt):  # no step is done yet
             signal.raise_signal(signal.SIGINT)
-        assert stops.agreed() is None
+        assert stops.agreed(stops.votes()) is None
         signal.raise_signal(signal.SIGINT)
         assert "SIGINT: the run is saved after this step, and ends" in capfd.readouterr().err
-        assert stops.agreed() == signal.SIGINT
+        assert stops.agreed(stops.votes()) == signal.SIGINT
         for again in (signal.SIGINT, signal.SIGTERM):  # as a launcher passes it on
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(again)
@@ -463,7 +463,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     try:
         with Stops(Accelerator(cpu=True)) as stops:
             signal.raise_signal(signal.SIGHUP)
-            assert stops.agreed() is None
+            assert stops.agreed(stops.votes()) is None
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -42,7 +42,7 @@ def run_in_fp16(config: Path, overflows: Collection[int], *overrides: str) -> di
         return accelerator
 
     def backward(rows: Rows, loss: Tensor, retain_graph: bool = False) -> None:
-        scales.append(rows.loss_scale)
+        scales.append(rows.loss_scale.item())
         unlucky = len(scales) in overflows and os.environ.get("RANK", "0") == str(
             int(os.environ.get("WORLD_SIZE", "1")) - 1
         )

@@ -23,6 +23,7 @@ from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.surgery import ddp
+from mtl_dist.surgery.rows import row_length
 from mtl_dist.training.setup import load_data
 from tests.distributed import on_ranks
 from tests.trained import NO_DROPOUT, far_apart, run
@@ -32,17 +33,19 @@ LAST = [*NO_DROPOUT, "log.tensorboard=false", *(f"tasks.{task}.dev=null" for tas
 PCGRAD = "gradients.combiner={kind: pcgrad}"
 
 
-def projected(grads: list[Tensor], generator: torch.Generator) -> Tensor:
-    """Yu et al. 2020, Algorithm 1, on the gradients themselves."""
-    total = torch.zeros_like(grads[0])
+def projected(grads: list[Tensor], generator: torch.Generator) -> tuple[Tensor, list[float]]:
+    """Yu et al. 2020, Algorithm 1, on the gradients themselves; and how often each of them is in what comes of it."""
+    total, weights = torch.zeros_like(grads[0]), [1.0] * len(grads)
     for i, grad in enumerate(grads):
         own = grad.clone()
         for j in torch.randperm(len(grads), generator=generator).tolist():
             overlap = own @ grads[j]
             if j != i and overlap < 0:
-                own -= overlap / (grads[j] @ grads[j]) * grads[j]
+                part = (overlap / (grads[j] @ grads[j])).item()
+                own -= part * grads[j]
+                weights[j] -= part
         total += own
-    return total
+    return total, weights
 
 
 def written_out(config: Path, *overrides: str) -> dict[str, Tensor]:
@@ -56,6 +59,7 @@ def written_out(config: Path, *overrides: str) -> dict[str, Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.optim.lr, eps=1e-4, weight_decay=0)
     order = stage.order({name: len(split) for name, split in splits.items()}, experiment.seed)
     encoder = list(model.encoder.parameters())
+    held: dict[str, float] = {}
     for step in range(order.steps):
         flat: dict[str, Tensor] = {}
         heads: dict[str, list[Tensor]] = {}
@@ -75,8 +79,14 @@ def written_out(config: Path, *overrides: str) -> dict[str, Tensor]:
             flat[name] = flat.get(name, torch.zeros_like(shared)) + shared
             before = heads.get(name, [torch.zeros_like(p) for p in head])
             heads[name] = [a + b for a, b in zip(before, grads[len(encoder) :], strict=True)]
-        seed = np.random.SeedSequence((experiment.seed, 0, step)).generate_state(1, np.uint64)
-        combined = projected(list(flat.values()), torch.Generator().manual_seed(int(seed[0]) % 2**63))
+        if step % stage.gradients.every == 0:
+            seed = np.random.SeedSequence((experiment.seed, 0, step)).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(seed[0]) % 2**63)
+            combined, weights = projected(list(flat.values()), generator)
+            held |= dict(zip(flat, weights, strict=True))
+        else:  # the weights of the last surgery that had the task, for its head as well
+            combined = torch.stack([held.get(name, 1.0) * gradient for name, gradient in flat.items()]).sum(0)
+            heads = {name: [held.get(name, 1.0) * gradient for gradient in each] for name, each in heads.items()}
         optimizer.zero_grad()
         for i, (parameter, grad) in enumerate(zip(encoder, combined.split([p.numel() for p in encoder]), strict=True)):
             parameter.grad = grad.view_as(parameter) if i in touched else None
@@ -111,9 +121,34 @@ def test_pcgrad_is_algorithm_1(tiny: Path, changes: list[str]) -> None:
     assert far_apart(run(tiny, *overrides, "gradients.combiner={kind: sum}")["parameters"], expected) > 1e-4
 
 
-def test_long_parameters_are_multiplied_in_chunks(tiny: Path) -> None:
+@pytest.mark.parametrize("changes", [[], ["mixer={kind: uniform}", "gradients.accumulation=2"]])
+def test_weights_are_held_between_surgeries(tiny: Path, changes: list[str]) -> None:
+    overrides = [*LAST, "steps=12", PCGRAD, "gradients.every=3", *changes]
+    held = [*overrides, "gradients.between=held"]
+    expected = written_out(tiny, *held)
+    assert far_apart(run(tiny, *held)["parameters"], expected) < 1e-6
+    for world in (2, 4):
+        ranks = [rank["parameters"] for rank in on_ranks(world, run, tiny, *held)]
+        assert far_apart(ranks[0], expected) < 1e-6
+        assert all(far_apart(other, ranks[0]) == 0 for other in ranks)
+    # The check can fail: the plain sum between surgeries leads elsewhere.
+    assert far_apart(run(tiny, *overrides)["parameters"], expected) > 1e-4
+
+
+@pytest.mark.parametrize("misfit", ["scope=layers", "match=layers.1", "measure=true"])
+def test_what_does_not_go_with_held_weights(tiny: Path, misfit: str) -> None:
+    with pytest.raises(UserError, match=r"gradients\.between is held, which .* goes with scope shared, and without"):
+        load(Experiment, tiny, [PCGRAD, "gradients.every=3", "gradients.between=held", f"gradients.{misfit}"])
+
+
+def test_products_are_summed_in_pieces(tiny: Path) -> None:
     whole = run(tiny, *LAST, PCGRAD)["parameters"]
-    with patch("mtl_dist.surgery.rows.CHUNK", 100):
+    # Chunks, runs of them and pieces of a row so small that there are many of each.
+    with (
+        patch("mtl_dist.surgery.rows.CHUNK", 100),
+        patch("mtl_dist.surgery.rows.RUN", 3),
+        patch("mtl_dist.surgery.rows.PRODUCTS", 100),
+    ):
         assert far_apart(run(tiny, *LAST, PCGRAD)["parameters"], whole) < 1e-7
 
 
@@ -254,7 +289,7 @@ def sent_bytes(config: Path, *overrides: str) -> int:
 def test_bytes_really_sent(tiny: Path) -> None:
     overrides = [*LAST, PCGRAD, "steps=4"]
     parameters = run(tiny, *overrides)["parameters"]
-    shared = 4 * sum(p.numel() for name, p in parameters.items() if name.startswith("encoder"))
+    shared = 4 * row_length(p.numel() for name, p in parameters.items() if name.startswith("encoder"))
     # Three tasks on two ranks: 2 K P (W - 1) / W, against (K + 1) P (W - 1) / W, each a step.
     (all_reduced, _), (scattered, _) = (
         on_ranks(2, sent_bytes, tiny, *overrides, f"gradients.reduce={reduce}")

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 -m benchmarks.price
 
 All train the same shape on the same sentences and take turns, step by step; a figure is the median over the rounds of
-a step's time to that of the plain step of its round. On one process that is the time of its CPUs, which does not mind what
-else the machine does; on several, and on a GPU, that of the clock.
+a step's time to that of the plain step of its round. On one process that is the time of its CPUs, which does not mind
+what else the machine does; on several, and on a GPU, that of the clock.
 """
 
 import argparse

@@ -64,7 +64,17 @@ def records(config: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "changes"), [("ddp", []), ("ddp", [PCGRAD]), ("zero2", [PCGRAD]), ("zero3", []), ("fsdp2", [PCGRAD])]
+    ("engine", "changes"),
+    [
+        ("ddp", []),
+        ("ddp", [PCGRAD]),
+        # Whether it steps is decided where the gradients are, without asking this process.
+        ("ddp", [PCGRAD, "optim.implementation=fused"]),
+        ("fsdp2", ["optim.implementation=fused"]),
+        ("zero2", [PCGRAD]),
+        ("zero3", []),
+        ("fsdp2", [PCGRAD]),
+    ],
 )
 def test_a_step_with_a_nan_is_left_out_on_all_ranks(tiny: Path, engine: str, changes: list[str]) -> None:
     overrides = [*LAST, *changes, "log.every_steps=1", "steps=3"]
@@ -77,6 +87,14 @@ def test_a_step_with_a_nan_is_left_out_on_all_ranks(tiny: Path, engine: str, cha
     assert all(place.startswith(f"{tiny.parent}/same-train.tsv:") for place in fault["rows"]["same"])
     assert [record["skipped_steps"] for record in records(tiny, "train")] == [0, 0, 1]
     assert records(tiny, "train")[-1]["loss"] == {}
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_the_step_after_a_nan_is_a_step(tiny: Path, implementation: str) -> None:
+    overrides = [*LAST, f"optim.implementation={implementation}", "steps=4"]
+    after = poisoned("same", [3], "ddp", tiny, *overrides)["parameters"]
+    before = poisoned("same", [3, 4], "ddp", tiny, *overrides)["parameters"]
+    assert 1e-5 < far_apart(after, before) < 0.1
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
@@ -421,6 +439,23 @@ def test_out_of_memory_says_where_and_what_to_lower(tiny: Path, error: RuntimeEr
         "rank 0: out of memory in step 1, in a micro-batch of task 'same' with 9 rows and "
     )
     assert "gradients.max_tokens" in str(end.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "doing"),
+    [
+        ("mtl_dist.training.loop.start_stage", "the set-up of stage 1"),
+        ("mtl_dist.optim.AdamW.step", "step 1"),
+        ("mtl_dist.surgery.rows.Rows.reserve", "step 1"),
+    ],
+)
+def test_out_of_memory_elsewhere_is_one_line_too(tiny: Path, where: str, doing: str) -> None:
+    def too_much(*_: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA")
+
+    with patch(where, too_much), pytest.raises(SystemExit) as end:
+        run(tiny, *LAST, PCGRAD)
+    assert str(end.value).startswith(f"rank 0: out of memory in {doing}; ")
 
 
 def test_a_signal_that_is_said_again(tiny: Path) -> None:

@@ -200,3 +200,13 @@ def test_packed_moves_as_a_whole() -> None:
     tensors += [group.real_NL for group in packed.groups if group.real_NL is not None]
     assert len(tensors) >= 7
     assert all(tensor.is_meta for tensor in tensors)
+
+
+def test_padding_repeats_the_last_token_of_its_sentence() -> None:
+    packed = pack(sentences([9, 12, 3]))
+    (group,) = packed.groups if len(packed.groups) == 1 else packed.groups[:1]
+    assert packed.to_padded_P is not None and group.real_NL is not None
+    slots = packed.to_padded_P[: group.sentences * group.longest].view(group.sentences, group.longest)
+    for real_L, tokens_L in zip(group.real_NL, slots, strict=True):
+        last = int(real_L.sum()) - 1
+        assert tokens_L[last:].unique().tolist() == [int(tokens_L[0]) + last]

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from mtl_dist.data.packed import pack
+from mtl_dist.model.encoder import Encoder, Shape
 from mtl_dist.model.heads import Head, pool
 
 WIDTH = 6
@@ -153,3 +154,13 @@ def test_the_mean_of_a_long_sentence_keeps_its_digits_in_bf16() -> None:
     x_TD = torch.rand(512, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
     packed = pack([np.arange(512)])
     assert torch.equal(pool(x_TD, packed, "mean", None), x_TD.double().mean(0, keepdim=True).bfloat16())
+
+
+def test_tokens_with_the_same_maximum_share_its_gradient() -> None:
+    packed = pack([np.array([1, 2, 3]), np.array([4])])
+    x_TD = torch.tensor([[2.0, 1.0], [2.0, 0.0], [0.0, 1.0], [5.0, 5.0]], requires_grad=True)
+    pooled_SD = pool(x_TD, packed, "max", Encoder(Shape(hidden_size=12, num_hidden_layers=1), 9))
+    assert pooled_SD.tolist() == [[2, 1], [5, 5]]
+    (pooled_SD * torch.tensor([[-4.0, 6.0], [1.0, -1.0]])).sum().backward()
+    assert x_TD.grad is not None
+    assert x_TD.grad.tolist() == [[-2, 3], [-2, 0], [0, 3], [1, -1]]

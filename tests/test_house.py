@@ -15,7 +15,7 @@ HOUSE = """
     config
     metrics files checkpoint distributed doctor optim
     watch: pictures recorder screen
-    surgery: combiners conflict rows ddp fsdp2 zero surgery
+    surgery: combiners conflict noise rows ddp fsdp2 zero surgery
     data: packed tokenizer read corpus mixer prepare batches
     model: encoder heads objectives weights multitask
     tasks

@@ -46,6 +46,7 @@ class Batch:
     packed: Packed
     gold_N: Tensor
     weight_N: Tensor  # 1 for a real row; 0 for the filler of a rank that would have none
+    filler: bool
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on `device`, without waiting for it."""
@@ -64,6 +65,7 @@ def make_batch(task: str, split: Split, rows: NDArray[np.int64], filler: bool = 
         packed=pack(sentences, second_from),
         gold_N=torch.tensor([split.label(row) for row in rows.tolist()], dtype=torch.float32),
         weight_N=torch.full((len(rows),), 0.0 if filler else 1.0),
+        filler=filler,
     )
 
 

@@ -131,22 +131,35 @@ class Replicated(Rows):
 
     def _filled(self, k: int, flat_P: Tensor, last: bool) -> None:
         if flat_P is not self.rows[k]:
+            self.squares.pop(k, None)  # which is not all of its part
             self.late.append((k, flat_P))
             self._average(flat_P)
         elif last:
             self.open.discard(k)
-            self._average(flat_P)
+            self._average(flat_P, k)
         else:
             self.open.add(k)
 
-    def _average(self, row: Tensor) -> None:
+    @torch.no_grad()
+    def keep_square(self, task: str) -> None:
+        """Notes the squared length of what has come to a task's row so far."""
+        if self.pointed and self.world == 1:
+            k = self.tasks.index(task)
+            self.squares[k] = self._square(self.rows[k])
+
+    @torch.no_grad()
+    def _average(self, row: Tensor, k: int | None = None) -> None:
+        """Begins to average a tensor over the ranks, or the row of task k."""
         if self.world > 1:
-            self.pending.append(dist.all_reduce(row.div_(self.world), group=self.group, async_op=True))
+            row.div_(self.world)
+            if k is not None:
+                self.squares[k] = self._square(row)
+            self.pending.append(dist.all_reduce(row, group=self.group, async_op=True))
 
     def finish(self) -> None:
         """Begins to average the rows whose last visit nobody announced, and waits for all."""
         for k in sorted(self.open):
-            self._average(self.rows[k])
+            self._average(self.rows[k], k)
         self.open.clear()
         super().finish()
         for k, flat_P in self.late:
@@ -224,7 +237,12 @@ class Scattered(Replicated):
 
     def _filled(self, k: int, flat_P: Tensor, last: bool) -> None:
         # Every visit is averaged by itself: only then a rank need not keep all columns.
-        work = reduce_scatter(self.into_N, flat_P.div_(self.world), group=self.group, async_op=True)
+        flat_P.div_(self.world)
+        if self.into_N is self.rows[k]:
+            self.squares[k] = self._square(flat_P)
+        else:
+            self.squares.pop(k, None)  # which is not all of its part
+        work = reduce_scatter(self.into_N, flat_P, group=self.group, async_op=True)
         self.on_the_way[self.turn] = work, k, self.into_N
 
     def _land(self, turn: int) -> None:

@@ -98,6 +98,9 @@ class Rows(ABC):
         self.tasks: list[str] = []
         self.own: list[dict[nn.Parameter, Tensor]] = []  # each task's gradients of what is not combined
         self.dropped: set[str] = set()
+        self.squares: dict[
+            int, Tensor
+        ] = {}  # of a row's part: this rank's contribution, or that of a first micro-batch
         self.pending: list[dist.Work] = []
         self.reached: set[nn.Parameter] = set()  # by the backward passes since it was last cleared
         self.expects = False  # whether it is our backward pass that runs
@@ -126,7 +129,7 @@ class Rows(ABC):
 
     def start(self) -> None:
         """Begins a step."""
-        self.tasks, self.own, self.dropped = [], [], set()
+        self.tasks, self.own, self.dropped, self.squares = [], [], set(), {}
 
     def give_up(self) -> None:
         """Leaves a step that failed."""
@@ -277,6 +280,15 @@ class Rows(ABC):
         if not sums:
             return torch.zeros(len(self.slices), K, K, dtype=torch.float64, device=self.device)
         return _sums(torch.cat(sums), self.runs_of_S)
+
+    def keep_square(self, task: str) -> None:  # noqa: B027 - where engines average, nobody sees a part
+        """Notes the squared length of what has come to a task's row so far."""
+
+    def _square(self, row_P: Tensor) -> Tensor:
+        pieces = [row_P] if self.dtype == torch.float32 else torch.split(row_P, CONVERTED)
+        with torch.autocast(self.device.type, enabled=False):
+            parts = [(x := piece.float().view(-1, 1, CHUNK)).bmm(x.mT).double().sum() for piece in pieces]
+        return torch.stack(parts).sum()
 
     def summed(self, known: Sequence[float], computed: Iterable[Tensor]) -> Tensor:
         """Numbers that are known here, and such that the device still computes, summed over the ranks, on the CPU.

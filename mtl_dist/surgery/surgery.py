@@ -29,6 +29,7 @@ from mtl_dist.config import Config, Pattern, UserError, made
 from mtl_dist.surgery.combiners import AnyCombiner, GramCombiner, LossCombiner, Sum
 from mtl_dist.surgery.conflict import Conflict, conflict
 from mtl_dist.surgery.ddp import Replicated, Scattered
+from mtl_dist.surgery.noise import Sample, sample
 from mtl_dist.surgery.rows import Coming, Rows, on_device
 from mtl_dist.surgery.zero import Partitioned
 
@@ -111,6 +112,7 @@ class Surgery:
         self.state: dict[str, dict[str, Any]] = {}  # the combiner's, for each group of parameters
         # Of the last step: its tasks, their inner products, and the weights of each group of parameters.
         self.measured: tuple[list[str], Tensor, Coming | None] | None = None
+        self.noise: Sample | None = None  # what is signal in it, and what is noise
         self.loss_scale = 1.0
         self.in_step = False
 
@@ -201,6 +203,7 @@ class Surgery:
                     raise UserError(
                         f"task '{task}': its loss shares a forward pass with one that is done; {way_out}"
                     ) from error
+            self._count_part(self.current, 1.0, last)
         if last:
             if not self.rows.tasks:
                 raise UserError(f"step {self.number} has no losses; give it those of one task at least")
@@ -256,13 +259,20 @@ class Surgery:
         self.reached.setdefault(self.current, set()).update(self.rows.reached)
 
     @contextmanager
-    def micro_batch(self, last: bool) -> Iterator[Callable[[Tensor], None]]:
+    def micro_batch(self, last: bool, rows: float = 1.0) -> Iterator[Callable[[Tensor], None]]:
         """Around forward and backward of a micro-batch; gives what to call with its loss.
 
-        `last` is its task's last one.
+        `last` is its task's last one; `rows` of its task's batch are in it, as compared with its others.
         """
         with self.rows.micro_batch(last and (self.ends_step if self.by_engine else self.rows.averaged_by_engine)):
             yield lambda loss: self._add(self.current, loss)
+        self._count_part(self.current, rows, last)
+
+    def _count_part(self, task: str, rows: float, last: bool) -> None:
+        counted = self.parts.setdefault(task, [])
+        counted.append(rows)
+        if self.apart and len(counted) == 1 and not last:
+            self.rows.keep_square(task)
 
     def loss_weights(self, tasks: Iterable[str]) -> dict[str, float]:
         """What the losses of tasks are multiplied with, besides their own weights."""
@@ -318,6 +328,7 @@ class Surgery:
         self.reached: dict[str, set[nn.Parameter]] = {}
         self.lost: dict[str, Tensor] = {}  # whether some loss of a task was no number
         self.losses: dict[str, list[Tensor]] = {}
+        self.parts: dict[str, list[float]] = {}  # the rows of each task's micro-batches on this rank
         self.rows.start()
 
     def _add(self, task: str, loss: Tensor, retain_graph: bool = False) -> None:
@@ -327,7 +338,7 @@ class Surgery:
         self.rows.backward(loss, retain_graph)
 
     def _combine(self) -> None:
-        rows, self.in_step, self.measured = self.rows, False, None
+        rows, self.in_step, self.measured, self.noise = self.rows, False, None, None
         if self.by_engine:
             if rows.steps:
                 rows.settle(set().union(*self._agreed([ALL])[0].values()))
@@ -381,21 +392,41 @@ class Surgery:
             for parameter in self.reached.get(task, ()):
                 seen[self.places[parameter]] = 1.0
         none = torch.zeros((), device=rows.device)
-        lost_losses = [self.lost.get(task, none) for task in tasks]
-        grams_SKK = [rows.grams()] if self.apart else []
-        known = [*_checksums(tasks), *chain.from_iterable(seen_by_task)]
-        sums = rows.summed(known, [*lost_losses, rows.loss_scale, *grams_SKK])
-        lengths = [2, len(known) - 2, K, 1, len(sums) - len(known) - K - 1]
-        names, seen_KS, lost_K, scale, grams = torch.split(sums, lengths)
+        lost = [self.lost.get(task, none) for task in tasks]
+        # Each rank's rows are a part of their batch; of one rank alone, its first micro-batch is.
+        here = [self.parts.get(task, [0.0]) for task in tasks]
+        part_K = [sum(each) if rows.world > 1 else each[0] for each in here]
+        squares = [rows.squares.get(k, none) for k in range(K)]
+        mine_SKK = [rows.grams()] if self.apart else []
+        known = [*_checksums(tasks), *chain.from_iterable(seen_by_task), *part_K, *(part**2 for part in part_K)]
+        sums = rows.summed(known, [*lost, *squares, rows.loss_scale, *mine_SKK])
+        lengths = [2, len(self.places) * K, K, K, K, K, 1]
+        names, seen_KS, sizes_K, sizes2_K, lost_K, squares_K, scale, grams = torch.split(
+            sums, [*lengths, len(sums) - sum(lengths)]
+        )
         self._refuse_other_names(tasks, names)
         self.loss_scale = scale.item() / rows.world
+        grams_SKK = grams.view(-1, K, K) / self.loss_scale**2
+        if self.apart:
+            whole_K = sizes_K if rows.world > 1 else torch.tensor([sum(each) for each in here])
+            of_parts = zip(
+                whole_K.tolist(),
+                (squares_K / self.loss_scale**2).tolist(),
+                (sizes_K / whole_K).tolist(),
+                (sizes2_K / whole_K**2).tolist(),
+                strict=True,
+            )
+            parts = {
+                task: each for k, (task, each) in enumerate(zip(tasks, of_parts, strict=True)) if k in rows.squares
+            }
+            self.noise = sample(tasks, grams_SKK.sum(0).numpy(), parts)
         parameters = list(self.places)
         reached: dict[str, Set[nn.Parameter]] = {
             task: {parameters[place] for place in places.nonzero()[:, 0].tolist()}
             for task, places in zip(tasks, seen_KS.view(K, -1), strict=True)
         }
         lost_tasks = {task for task, number in zip(tasks, lost_K.tolist(), strict=True) if number}
-        return reached, lost_tasks, grams.view(-1, K, K) / self.loss_scale**2
+        return reached, lost_tasks, grams_SKK
 
     def _weights(self, grams_SKK: Tensor, tasks: list[str]) -> tuple[Tensor, Coming]:
         """How often each task's gradient goes into the combined one, for each group: (G, K), the same on all ranks; on

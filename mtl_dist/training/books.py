@@ -32,6 +32,7 @@ from mtl_dist.distributed import STOPPING, Stops, Watchdog, on_one
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import BEST, MultiTaskModel, save_model, saved_scores
 from mtl_dist.surgery.conflict import Conflict, mean_of
+from mtl_dist.surgery.noise import Noise, Sample
 from mtl_dist.surgery.rows import Coming, summed
 from mtl_dist.training.engine import Stepped
 from mtl_dist.training.scores import Scores, deciding_score, main_scores, score_all
@@ -53,7 +54,9 @@ class Step:
     draws: Counter[str]  # of each task
     micro_batches: list[tuple[Batch, Tensor]]  # this rank's, and the losses of their rows before any weight
     dropped: set[str]  # the tasks that it went without
-    conflict: Conflict | None  # how far the task gradients agreed, where that is known; on the main process alone
+    # How far the task gradients agreed, and how much of that was noise, where that is known; on the main process alone.
+    conflict: Conflict | None
+    noise: Sample | None
     coming: Coming  # the norm, the next loss scale; then sums over the ranks: tokens, votes, the losses of each task
 
 
@@ -80,6 +83,7 @@ class Meter:
         self.sizes = sizes
         self.draws = dict.fromkeys(sizes, 0)
         self.skipped = 0
+        self.noise_of_run = Noise()
         self.restart()
 
     def state(self) -> dict[str, Any]:
@@ -93,6 +97,8 @@ class Meter:
             "steps": self.steps,
             "waited": self.waited,
             "conflicts": [asdict(conflict) for conflict in self.conflicts],
+            "noise": self.noise.state(),
+            "noise_of_run": self.noise_of_run.state(),
             "seconds": time.perf_counter() - self.since,
         }
 
@@ -104,6 +110,8 @@ class Meter:
         self.skipped, self.steps, self.tokens = state["skipped"], state["steps"], state["tokens"]
         self.waited, self.seconds = state["waited"], state["seconds"]
         self.conflicts = [Conflict.from_dict(conflict) for conflict in state["conflicts"]]
+        self.noise.load(state["noise"])
+        self.noise_of_run.load(state["noise_of_run"])
 
     def start_clock(self) -> None:
         """Begins to measure the time of a stage's steps."""
@@ -118,6 +126,7 @@ class Meter:
         self.waited = 0.0
         self.norm = 0.0
         self.conflicts = list[Conflict]()
+        self.noise = Noise()
         self.seconds = 0.0  # before the clock was started
         self.start_clock()
 
@@ -146,6 +155,9 @@ class Meter:
                     self.loss_sums[task] += draws * outcome.losses[task]
         if step.conflict is not None:
             self.conflicts.append(step.conflict)
+        if step.noise is not None and not outcome.skipped:
+            self.noise.add(step.noise)
+            self.noise_of_run.add(step.noise)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -172,6 +184,7 @@ class Meter:
             gradient_norm=self.norm,
             skipped_steps=self.skipped,
             surgery=mean_of(self.conflicts),
+            noise=self.noise.summary(),
         )
         self.restart()
         return report
@@ -294,7 +307,7 @@ def losses_of_rows(step: Step, tasks: Collection[str]) -> dict[str, list[tuple[f
     here = [
         (batch.task, list(zip(loss_N.tolist(), batch.rows.tolist(), strict=True)))
         for batch, loss_N in step.micro_batches
-        if batch.task in tasks and batch.weight_N.any()  # or it fills in for rows that this rank has not
+        if batch.task in tasks and not batch.filler  # which fills in for rows that this rank has not
     ]
     found: dict[str, list[tuple[float, int]]] = {task: [] for task in tasks}
     for task, rows in gather_object(here):
@@ -426,9 +439,19 @@ class Books:
         tokens = sum(batch.packed.num_tokens for batch, _ in micro_batches)
         known = [tokens, *self.stops.votes()]
         numbers = [stepped.norm.reshape(1), stepped.loss_scale.reshape(1), summed(known, sums.values(), device)]
-        conflict = surgery.conflict if self.run.accelerator.is_main_process else None
-        dropped, coming = surgery.dropped, Coming(torch.cat(numbers))
-        self.under_way.append(Step(self.run.done, trainer, drawn, micro_batches, dropped, conflict, coming))
+        here = self.run.accelerator.is_main_process
+        self.under_way.append(
+            Step(
+                done=self.run.done,
+                trainer=trainer,
+                draws=drawn,
+                micro_batches=micro_batches,
+                dropped=surgery.dropped,
+                conflict=surgery.conflict if here else None,
+                noise=surgery.noise if here else None,
+                coming=Coming(torch.cat(numbers)),
+            )
+        )
 
     def settle(self, leave: int = 0) -> None:
         """Enters the steps that are under way, but for so many; every rank must ask for it."""

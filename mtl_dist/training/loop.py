@@ -135,8 +135,8 @@ def train_step(run: Run, trainer: Trainer, step: int, draws: list[Draw], batches
             scale = task.weight * loss_weight[name] * run.accelerator.num_processes / rows_averaged[name]
             with surgery.task(name, last=True):
                 for batch in batches_of_task:
-                    last = batch is batches_of_task[-1]
-                    with enough_for(batch, run.done + 1), surgery.micro_batch(last) as backward:
+                    last, rows = batch is batches_of_task[-1], 0 if batch.filler else len(batch.rows)
+                    with enough_for(batch, run.done + 1), surgery.micro_batch(last, rows) as backward:
                         raw_NO = trainer.engine.forward(name, batch.packed)
                         loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
                         backward(loss_N.sum() * scale)
@@ -170,6 +170,8 @@ def finish(run: Run, books: Books, saver: Saver, stop: signal.Signals | None) ->
         screen.console.print(score_table(judge.best, metrics))
         screen.line(f"best of {run.total_steps} steps was {judge.best['step']}, by {config.evaluate.best_by}")
         screen.line(f"run folder   {config.output_dir}\nbest model   {config.output_dir / BEST}")
+        for line in books.meter.noise_of_run.verdict():
+            screen.line(f"gradients    {line}")
         if config.log.tensorboard:
             screen.line(f"TensorBoard  tensorboard --logdir {config.output_dir / TENSORBOARD}")
     if saver.writer.failed:  # or the run would be taken for a finished one, which it is not for --resume auto

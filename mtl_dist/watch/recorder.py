@@ -41,6 +41,7 @@ class StepReport:
     gradient_norm: float  # of the last step, before clipping
     skipped_steps: int  # left out since the start: an overflow in fp16, or a gradient that was no number
     surgery: dict[str, Any] | None = None  # how far the tasks' gradients agreed, on average over the steps
+    noise: dict[str, Any] | None = None  # the same of the true gradients, as far as the steps tell
 
     def as_record(self) -> dict[str, Any]:
         """The report as a record: without the step, and without what is not there."""
@@ -72,6 +73,8 @@ class Recorder:
         if surgery := values.get("surgery"):
             images = surgery_images(list(values["draws"]), surgery)
             values = {**values, "surgery": _plotted(surgery, pairs=len(values["draws"]) <= MOST_TASKS)}
+        if (noise := values.get("noise")) and len(values["draws"]) > MOST_TASKS:
+            values = {**values, "noise": {"scale": noise["scale"]}}
         with self._going_on():
             for name, image in images.items():
                 self._image(f"{kind}/surgery/{name}", image, step)

@@ -53,16 +53,17 @@ class Reading:
     depends_on: Mapping[str, Any]  # all that `check` makes of a row, as JSON can hold it
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Some rows of a split; every array is a view on the file."""
+class Column:
+    """The numbers of a column, whose chunks lie here and there in a mapped file."""
 
-    lines: NDArray[np.int64]
-    labels: NDArray[np.float64]
-    digests: NDArray[np.uint64]
-    second_from: NDArray[np.int32]
-    inputs: tuple[tuple[NDArray[np.int32], NDArray[np.int32]], ...]  # per input: all its tokens, and each row's offsets
-    ids: pa.StringArray
+    def __init__(self, file: pa.Buffer, kind: type[np.generic], chunks: Sequence[pa.Buffer]) -> None:
+        size = np.dtype(kind).itemsize
+        self.numbers = np.frombuffer(file, kind, count=file.size // size)  # all that is in the file, read as such
+        self.starts = np.array([(chunk.address - file.address) // size for chunk in chunks], dtype=np.int64)
+
+    def at(self, chunk: Any, place: Any) -> Any:
+        """What stands at some places of some chunks."""
+        return self.numbers[self.starts[chunk] + place]
 
 
 class Split:
@@ -75,47 +76,66 @@ class Split:
         self.num_rejected: int = meta["rejected"]
         self.num_truncated: int = meta["truncated"]
         self.num_tokens: int = meta["tokens"]
-        with pa.memory_map(str(folder / ROWS)) as file:
-            reader = pa.ipc.open_file(file)
-            self._chunks = [_view(reader.get_batch(i)) for i in range(reader.num_record_batches)]
-        self._num_rows = sum(len(chunk.lines) for chunk in self._chunks)
+        with pa.memory_map(str(folder / ROWS)) as opened:
+            file = opened.read_buffer()
+        reader = pa.ipc.open_file(file)
+        chunks = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._rows_of = [len(chunk) for chunk in chunks]
+        self._num_rows = sum(self._rows_of)
+
+        def column(name: str, kind: type[np.generic]) -> Column:
+            return Column(file, kind, [chunk.column(name).buffers()[1] for chunk in chunks])
+
+        self._lines, self._labels = column("line", np.int64), column("label", np.float64)
+        self._digests, self._second_from = column("digest", np.uint64), column("second_from", np.int32)
+        inputs = [name for name in reader.schema.names if name.startswith("input")]
+        self._offsets = [column(name, np.int32) for name in inputs]
+        self._tokens = [
+            Column(file, np.int32, [chunk.column(name).values.buffers()[1] for chunk in chunks]) for name in inputs
+        ]
+        self._ids = [chunk.column("id") for chunk in chunks]
 
     def __len__(self) -> int:
         return self._num_rows
 
-    def _find(self, row: int) -> tuple[Chunk, int]:
-        chunk, index = divmod(row, CHUNK_ROWS)
-        return self._chunks[chunk], index
-
     def inputs(self, row: int) -> list[NDArray[np.int32]]:
         """The token numbers that the encoder reads for a row: one input, or one for each sentence of a pair."""
-        chunk, i = self._find(row)
-        return [tokens[offsets[i] : offsets[i + 1]] for tokens, offsets in chunk.inputs]
+        chunk, i = divmod(row, CHUNK_ROWS)
+        found = []
+        for offsets, tokens in zip(self._offsets, self._tokens, strict=True):
+            start = tokens.starts[chunk]
+            found.append(tokens.numbers[start + offsets.at(chunk, i) : start + offsets.at(chunk, i + 1)])
+        return found
 
     def second_from(self, row: int) -> int:
         """Where the second sentence starts in a joint input."""
-        chunk, i = self._find(row)
-        return int(chunk.second_from[i])
+        return int(self._second_from.at(*divmod(row, CHUNK_ROWS)))
 
     def label(self, row: int) -> float:
         """The label; not a number where there is none."""
-        chunk, i = self._find(row)
-        return float(chunk.labels[i])
+        return float(self._labels.at(*divmod(row, CHUNK_ROWS)))
+
+    def labels(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The labels of some rows."""
+        labels: NDArray[np.float64] = self._labels.at(*np.divmod(rows, CHUNK_ROWS))
+        return labels
 
     def line(self, row: int) -> int:
         """The line of the file that the row was read from."""
-        chunk, i = self._find(row)
-        return int(chunk.lines[i])
+        return int(self._lines.at(*divmod(row, CHUNK_ROWS)))
 
     def id(self, row: int) -> str:
         """The row's name in the file's id column, or its line."""
-        chunk, i = self._find(row)
-        return str(chunk.ids[i].as_py())
+        chunk, i = divmod(row, CHUNK_ROWS)
+        return str(self._ids[chunk][i].as_py())
 
-    def length(self, row: int) -> int:
-        """How many tokens the encoder reads for a row."""
-        chunk, i = self._find(row)
-        return sum(int(offsets[i + 1] - offsets[i]) for _, offsets in chunk.inputs)
+    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many tokens the encoder reads for each of some rows."""
+        chunk, i = np.divmod(rows, CHUNK_ROWS)
+        lengths = np.zeros(len(rows), dtype=np.int64)
+        for offsets in self._offsets:
+            lengths += offsets.at(chunk, i + 1) - offsets.at(chunk, i)
+        return lengths
 
     def rejected(self) -> list[BadRow]:
         """The rows of the file that the task cannot use."""
@@ -124,23 +144,8 @@ class Split:
 
     def digests(self) -> Iterator[NDArray[np.uint64]]:
         """The `digest` of every row, in some arrays."""
-        yield from (chunk.digests for chunk in self._chunks)
-
-
-def _view(batch: pa.RecordBatch) -> Chunk:
-    def array(column: pa.Array) -> Any:
-        return column.to_numpy(zero_copy_only=True)
-
-    columns = {name: batch.column(name) for name in batch.schema.names}
-    inputs = [column for name, column in columns.items() if name.startswith("input")]
-    return Chunk(
-        lines=array(columns["line"]),
-        labels=array(columns["label"]),
-        digests=array(columns["digest"]),
-        second_from=array(columns["second_from"]),
-        inputs=tuple((array(column.values), array(column.offsets)) for column in inputs),
-        ids=columns["id"],
-    )
+        for start, rows in zip(self._digests.starts.tolist(), self._rows_of, strict=True):
+            yield self._digests.numbers[start : start + rows]
 
 
 def prepare(

@@ -39,23 +39,23 @@ class Rows(Split):
     """Row i has inputs of i's own token; of a pair, the second sentence has one token more."""
 
     def __init__(self, lengths: Sequence[int], sentences: int = 1) -> None:
-        self.lengths = lengths
+        self.short = lengths
         self.sentences = sentences
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.short)
 
     def inputs(self, row: int) -> list[NDArray[np.int32]]:
-        return [np.full(self.lengths[row] + side, 10 * row + side, np.int32) for side in range(self.sentences)]
+        return [np.full(self.short[row] + side, 10 * row + side, np.int32) for side in range(self.sentences)]
 
-    def length(self, row: int) -> int:
-        return sum(map(len, self.inputs(row)))
+    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.array([sum(map(len, self.inputs(row))) for row in rows.tolist()], dtype=np.int64)
 
     def second_from(self, row: int) -> int:
-        return self.lengths[row] - 1
+        return self.short[row] - 1
 
-    def label(self, row: int) -> float:
-        return row / 2
+    def labels(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        return rows / 2
 
 
 def skewed(num_rows: int) -> list[int]:
@@ -217,7 +217,7 @@ def test_the_ranks_share_the_global_batch(world: int, micro_batches: int, size: 
         assert {len(of_rank) for of_rank in shares} == {min(micro_batches, -(-size // world))}
         assert all(any(batch.weight_N.any() for batch in of_rank) for of_rank in shares) == (size >= world)
         fillers = [batch.packed.num_tokens for batch in micros if not batch.weight_N.all()]
-        assert set(fillers) <= {min(split.length(row) for row in rows)}
+        assert set(fillers) <= {split.lengths(np.array(rows)).min()}
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
@@ -279,16 +279,16 @@ def test_a_step_is_the_same_from_the_start_and_after_a_resume(mixer: AnyMixer) -
 
 @given(lengths=st.lists(st.integers(1, 512), max_size=40), hands=st.integers(1, 9))
 def test_a_deal_is_fair(lengths: list[int], hands: int) -> None:
-    dealt = deal(lengths, hands)
-    assert sorted(index for hand in dealt for index in hand) == list(range(len(lengths)))
-    assert sum(not hand for hand in dealt) == max(0, hands - len(lengths))  # empty only for want of rows
-    totals = [sum(lengths[index] for index in hand) for hand in dealt]
+    dealt = deal(np.array(lengths, dtype=np.int64), hands)
+    assert len(dealt) == len(lengths)
+    assert set(dealt.tolist()) == set(range(min(hands, len(lengths))))  # empty only for want of rows
+    totals = np.bincount(dealt, weights=lengths, minlength=hands)
     assert max(totals) - min(totals) <= max(lengths, default=0)
 
 
 def test_a_deal_worked_by_hand() -> None:
     # 9 | 7, then 5 to the 7, 4 to the 9, 3 to the 12, 2 to the 13
-    assert deal([2, 3, 4, 5, 7, 9], 2) == [[5, 2, 0], [4, 3, 1]]
+    assert deal(np.array([2, 3, 4, 5, 7, 9]), 2).tolist() == [0, 1, 0, 1, 1, 0]
 
 
 # Packing
@@ -324,7 +324,7 @@ def test_evaluation_sees_every_row_once(max_tokens: int) -> None:
     batches = list(eval_batches("sst", split, rows, max_tokens))
     assert sorted(row for batch in batches for row in batch.rows.tolist()) == rows.tolist()
     assert all(batch.packed.num_tokens <= max_tokens or len(batch.rows) == 1 for batch in batches)
-    fullest = sum(split.length(row) for row in rows.tolist())
+    fullest = split.lengths(rows).sum()
     assert len(batches) <= 2 * fullest / max_tokens + 1  # no two neighbours could have been one
 
 

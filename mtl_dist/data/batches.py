@@ -1,7 +1,8 @@
 """Which rows a step trains on, on which rank, and how they become packed tokens.
 
 All of it is a pure function of (seed, stage, step): a task's rows form an endless stream of shuffled epochs, draw d
-takes rows d*B to (d+1)*B of it, and these are dealt to the ranks so that each gets nearly as many tokens as the others.
+takes rows d*B to (d+1)*B of it, and these are dealt to the ranks so that each gets nearly as many tokens as the others,
+of every task and of all tasks of a step together.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from heapq import heapreplace
-from itertools import chain, islice
+from itertools import islice
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -202,17 +203,22 @@ class TrainBatches:
     def of_step(self, step: int) -> tuple[list[Draw], list[Batch]]:
         """The draws of a step, and this rank's micro-batches of them."""
         draws = self.order.draws(step)
-        return draws, list(chain.from_iterable(self.of_draw(task, draw) for task, draw in draws))
+        tokens_W = np.zeros(self.world, dtype=np.int64)  # of the step so far; each rank is the first of them in turn
+        me = (self.rank - draws[0][1]) % self.world
+        return draws, [batch for task, draw in draws for batch in self._of_draw(task, draw, tokens_W, me)]
 
-    def of_draw(self, task: str, draw: int) -> Iterator[Batch]:
+    def _of_draw(self, task: str, draw: int, tokens_W: NDArray[np.int64], me: int) -> Iterator[Batch]:
         """This rank's micro-batches of a task's `draw`-th global batch; every rank gets the same number of them."""
         split = self.rows[task].split
         rows = self.rows[task].of_draw(draw)
         rows = rows[np.argsort(-split.lengths(rows), kind="stable")]  # as dense attention wants them
         lengths = split.lengths(rows)
         hand_of = deal(lengths, self.world)
-        # The first hand has the longest row, so each rank gets it in turn.
-        mine = np.flatnonzero(hand_of == (self.rank - draw) % self.world)
+        dealt_W = np.bincount(hand_of, weights=lengths, minlength=self.world).astype(np.int64)
+        # Who has least of the step's other tasks gets most of this one, and rows if there are fewer than ranks.
+        lightest, most_first = np.argsort(tokens_W, kind="stable"), np.argsort(-dealt_W, kind="stable")
+        tokens_W[lightest] += dealt_W[most_first]
+        mine = np.flatnonzero(hand_of == most_first[lightest == me])
         number = self._micro_batches(lengths, hand_of)
         micro_of = deal(lengths[mine], number)
         for micro in range(number):

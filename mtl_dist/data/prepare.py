@@ -6,6 +6,7 @@ The key covers all that the tokens depend on, so a cache entry is never stale; a
 one that was damaged later is written anew. Training then holds no text in memory: a `Split` is a view on the file.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -31,7 +32,7 @@ from tokenizers import Tokenizer
 
 from mtl_dist.config import UserError
 from mtl_dist.data.read import BadRow, Example, File, Row, Source, SourceError, fingerprint, name_of, place, read_rows
-from mtl_dist.data.tokenizer import Encoded, encode, encode_in_worker, start_worker
+from mtl_dist.data.tokenizer import Encoded, Words, encode, encode_in_worker, start_worker
 from mtl_dist.files import faults, write_sums
 
 FORMAT = 2
@@ -347,11 +348,18 @@ def _write(
                     meta["rejected"] += 1
 
         chunks = _in_chunks(good_rows())
-        for examples, encoded in _encode_all(chunks, tokenizer, max_length, reading.joint, folder.parent):
-            writer.write_batch(_record_batch(examples, encoded, schema))
-            meta["truncated"] += encoded.truncated
-            meta["tokens"] += sum(len(tokens) for row in encoded.inputs for tokens in row)
-            on_rows(len(examples))
+        # Rows make no cycles; to look for some among all that torch has made takes as long as the rest.
+        looking = gc.isenabled()
+        gc.disable()
+        try:
+            for examples, encoded in _encode_all(chunks, tokenizer, max_length, reading.joint, folder.parent):
+                writer.write_batch(_record_batch(examples, encoded, schema))
+                meta["truncated"] += encoded.truncated
+                meta["tokens"] += sum(len(tokens) for tokens, _ in encoded.inputs)
+                on_rows(len(examples))
+        finally:
+            if looking:
+                gc.enable()
     (folder / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
     write_sums(folder, COVERED)
 
@@ -367,8 +375,9 @@ def _encode_all(
     """Each chunk with its tokens, in order; a large split is spread over processes, which find files in `scratch`."""
     first = list(islice(chunks, CHUNKS_WORTH_PROCESSES))
     if len(first) < CHUNKS_WORTH_PROCESSES:
+        words = Words(tokenizer)
         for chunk in first:
-            yield chunk, encode(tokenizer, [example.sentences for example in chunk], max_length, joint)
+            yield chunk, encode(words, [example.sentences for example in chunk], max_length, joint)
         return
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[tuple[list[Example], Future[Encoded]]] = deque()
@@ -397,7 +406,6 @@ def _record_batch(examples: Sequence[Example], encoded: Encoded, schema: pa.Sche
         pa.array([digest(example.sentences) for example in examples], pa.uint64()),
         pa.array(encoded.second_from, pa.int32()),
     ]
-    for tokens in zip(*encoded.inputs, strict=True):
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in tokens])]).astype(np.int32)
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(tokens))))
+    for tokens, offsets in encoded.inputs:
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens)))
     return pa.record_batch(columns, schema=schema)

@@ -3,6 +3,7 @@
 python -m pytest tests/data/test_prepare.py
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -266,6 +267,23 @@ def test_processes_write_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer, mo
     parallel, inline = ({path.name: path.read_bytes() for path in entry.iterdir()} for entry in entries)
     assert parallel == inline
     assert files_in(entries[0]) == ["meta.json", "rejected.tsv", "rows.arrow", "sha256sums"]
+
+
+@pytest.mark.parametrize("looking", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(tmp_path: Path, tokenizer: Tokenizer, looking: bool) -> None:
+    during: list[bool] = []
+
+    def crash(rows: int) -> None:
+        during.append(gc.isenabled())
+        raise KeyboardInterrupt
+
+    (gc.enable if looking else gc.disable)()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            prepare(task().reading(), written(tmp_path / "x.jsonl", some_rows(9)), tokenizer, 64, tmp_path, crash)
+        assert (during, gc.isenabled()) == ([False], looking)
+    finally:
+        gc.enable()
 
 
 def test_a_crash_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

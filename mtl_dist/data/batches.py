@@ -211,8 +211,9 @@ class TrainBatches:
         """This rank's micro-batches of a task's `draw`-th global batch; every rank gets the same number of them."""
         split = self.rows[task].split
         rows = self.rows[task].of_draw(draw)
-        rows = rows[np.argsort(-split.lengths(rows), kind="stable")]  # as dense attention wants them
         lengths = split.lengths(rows)
+        longest_first = np.argsort(-lengths, kind="stable")  # as dense attention wants them
+        rows, lengths = rows[longest_first], lengths[longest_first]
         hand_of = deal(lengths, self.world)
         dealt_W = np.bincount(hand_of, weights=lengths, minlength=self.world).astype(np.int64)
         # Who has least of the step's other tasks gets most of this one, and rows if there are fewer than ranks.

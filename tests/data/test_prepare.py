@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from mtl_dist.config import UserError
 from mtl_dist.data import prepare as module
-from mtl_dist.data.prepare import Split, count_rows, prepare
+from mtl_dist.data.prepare import Split, count_rows, prepare, rows_among
 from mtl_dist.data.read import File
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.tasks import TaskConfig
@@ -197,6 +197,17 @@ def test_counting_refuses_what_training_refuses(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         count_rows("task 'sts', dev", task().reading(), written(tmp_path / "x.jsonl", bad))
     assert str(caught.value).endswith("\n... and 2 more such rows; not one row can be used")
+
+
+@given(
+    train=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9).map(lambda i: i << 40 | i), max_size=40),
+    dev=st.lists(st.integers(0, 9).map(lambda i: i << 40 | i % 3), max_size=40),
+    shared=st.integers(0, 40),
+)
+def test_rows_of_dev_are_found_among_those_of_train(train: list[int], dev: list[int], shared: int) -> None:
+    dev = [*dev, *train[:shared]]
+    chunks = [np.array(train[:3], np.uint64), np.array(train[3:], np.uint64)]
+    assert rows_among(chunks, np.array(dev, np.uint64)) == sum(digest in set(train) for digest in dev)
 
 
 # The cache

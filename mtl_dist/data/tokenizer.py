@@ -110,6 +110,8 @@ class Words:
         if len(self.known) > MOST_WORDS:
             self.known.clear()
         new = list(set(chain.from_iterable(words)).difference(self.known))
+        if 2 * len(new) > sum(map(len, words)):  # few come again, and each by itself takes longer than in its text
+            return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
         encodings = self.tokenizer.encode_batch(new, add_special_tokens=False)
         self.known.update((word, encoding.ids) for word, encoding in zip(new, encodings, strict=True))
         tokens = [list(chain.from_iterable(map(self.known.__getitem__, each))) for each in words]

@@ -216,7 +216,10 @@ def _remembered(source: Source, cache_dir: Path) -> str:
 def _record_of(source: File, cache_dir: Path) -> Path | None:
     """Where the fingerprint of a file in its present state is written down; nowhere if it may have just changed."""
     try:
-        status = source.path.stat()
+        if not source.path.is_file():  # to open a pipe would wait for its writer
+            return None
+        with source.path.open("rb") as file:
+            status = os.fstat(file.fileno())  # opened, because NFS then asks the server
     except OSError:
         return None
     if time.time() - status.st_ctime < SETTLED_S:

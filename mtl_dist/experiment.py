@@ -309,10 +309,13 @@ class Experiment(Config):
         split: SplitName,
         tokenizer: Tokenizer,
         on_rows: Callable[[int], object] = lambda rows: None,
+        checked: bool = False,
     ) -> Split | None:
         """The prepared rows of a task's split, or None where the task has no such split."""
         source = self.source(task, split)
-        return None if source is None else self.open_source(task, source, tokenizer, split, on_rows=on_rows)
+        if source is None:
+            return None
+        return self.open_source(task, source, tokenizer, split, on_rows=on_rows, checked=checked)
 
     def open_source(
         self,
@@ -322,12 +325,13 @@ class Experiment(Config):
         split: SplitName | None = None,
         labelled: bool = True,
         on_rows: Callable[[int], object] = lambda rows: None,
+        checked: bool = False,
     ) -> Split:
         """The prepared rows of `source` as rows of a task; refuses bad rows unless the task skips them."""
         reading = self.tasks[task].reading(labelled)
         whose = f"task '{task}'" if split is None else f"task '{task}', {split}"
         with nullcontext() if split is None else self.naming(task, split):
-            prepared = prepare(reading, source, tokenizer, self.max_length(task), self.cache_dir, on_rows)
+            prepared = prepare(reading, source, tokenizer, self.max_length(task), self.cache_dir, on_rows, checked)
             refuse_unusable(whose, reading, source, len(prepared), prepared.rejected())
         return prepared
 

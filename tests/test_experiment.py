@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from tokenizers import Tokenizer
@@ -209,7 +210,7 @@ def test_inputs_are_as_long_as_the_encoder_allows(read: Read, tokenizer: Tokeniz
     for overrides, length in (((), 16), (("tasks.mine.max_length=9",), 9)):
         split = read(*overrides).open_split("mine", "train", tokenizer)
         assert split is not None
-        assert (split.length(0), split.num_truncated) == (length, 1)
+        assert (split.lengths(np.array([0])), split.num_truncated) == (length, 1)
     config = read("tasks.mine.max_length=17")
     assert complaint(lambda: config.open_split("mine", "train", tokenizer)) == (
         "tasks.mine.max_length is 17, the encoder has only 16 positions"

@@ -1,17 +1,18 @@
 """Which rows a step trains on, on which rank, and how they become packed tokens.
 
 All of it is a pure function of (seed, stage, step): a task's rows form an endless stream of shuffled epochs, draw d
-takes rows d*B to (d+1)*B of it, and these are dealt to the ranks so that each gets nearly as many tokens as the others.
+takes rows d*B to (d+1)*B of it, and these are dealt to the ranks so that each gets nearly as many tokens as the others,
+of every task and of all tasks of a step together.
 """
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from heapq import heapreplace
-from itertools import chain, islice
+from itertools import islice
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -24,6 +25,8 @@ from mtl_dist.config import Config
 from mtl_dist.data.mixer import Draw, Order
 from mtl_dist.data.packed import Packed, moved, pack
 from mtl_dist.data.prepare import Split
+
+# Shape suffixes: W = ranks, R = rows of a rank, H = hands that it deals them to, N = rows of a batch.
 
 FEISTEL_ROUNDS = 6
 FEW_ROWS = 64
@@ -63,7 +66,7 @@ def make_batch(task: str, split: Split, rows: NDArray[np.int64], filler: bool = 
         task=task,
         rows=rows,
         packed=pack(sentences, second_from),
-        gold_N=torch.tensor([split.label(row) for row in rows.tolist()], dtype=torch.float32),
+        gold_N=torch.from_numpy(split.labels(rows).astype(np.float32)),
         weight_N=torch.full((len(rows),), 0.0 if filler else 1.0),
         filler=filler,
     )
@@ -156,7 +159,7 @@ class TrainRows:
     def _sort_and_cut(self, start: int, end: int) -> dict[int, NDArray[np.int64]]:
         """The rows that each draw takes from a stretch of the stream."""
         rows = self.stream.rows(start, end)
-        lengths = [self.split.length(row) for row in rows.tolist()]
+        lengths = self.split.lengths(rows)
         draws = np.arange(start // self.batch_size, (end - 1) // self.batch_size + 1)
         # The draws at both ends may lie only partly in the stretch.
         sizes = np.minimum((draws + 1) * self.batch_size, end) - np.maximum(draws * self.batch_size, start)
@@ -165,15 +168,18 @@ class TrainRows:
         return dict(zip(draws[shuffled].tolist(), cuts, strict=True))
 
 
-def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
-    """Deals rows to `hands` so that their total lengths are nearly equal: longest first, each to the lightest hand."""
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    totals = [(0, hand) for hand in range(hands)]
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        total, lightest = totals[0]
-        dealt[lightest].append(index)
-        heapreplace(totals, (total + lengths[index], lightest))
-    return dealt
+def deal(lengths: NDArray[np.int64], hands: int) -> NDArray[np.int64]:
+    """The hand that each row goes to so that total lengths are nearly equal: longest first, each to the lightest hand.
+
+    No hand is empty if there are as many rows.
+    """
+    longest_first = np.argsort(-lengths, kind="stable")
+    # A hand and what it has are one number, which a heap moves three times as fast as a pair.
+    heap = list(range(hands))
+    dealt = [heapreplace(heap, heap[0] + length * hands) for length in lengths[longest_first].tolist()]
+    hand_of = np.empty(len(lengths), dtype=np.int64)
+    hand_of[longest_first] = np.array(dealt, dtype=np.int64) % hands
+    return hand_of
 
 
 class TrainBatches:
@@ -198,37 +204,53 @@ class TrainBatches:
     def of_step(self, step: int) -> tuple[list[Draw], list[Batch]]:
         """The draws of a step, and this rank's micro-batches of them."""
         draws = self.order.draws(step)
-        return draws, list(chain.from_iterable(self.of_draw(task, draw) for task, draw in draws))
+        tokens_W = np.zeros(self.world, dtype=np.int64)  # of the step so far; each rank is the first of them in turn
+        me = (self.rank - draws[0][1]) % self.world
+        return draws, [batch for task, draw in draws for batch in self._of_draw(task, draw, tokens_W, me)]
 
-    def of_draw(self, task: str, draw: int) -> Iterator[Batch]:
+    def _of_draw(self, task: str, draw: int, tokens_W: NDArray[np.int64], me: int) -> Iterator[Batch]:
         """This rank's micro-batches of a task's `draw`-th global batch; every rank gets the same number of them."""
         split = self.rows[task].split
         rows = self.rows[task].of_draw(draw)
-        lengths = [split.length(row) for row in rows.tolist()]
-        shares = deal(lengths, self.world)
-        mine = shares[
-            (self.rank - draw) % self.world
-        ]  # the first hand has the longest row, so each rank gets it in turn
-        shortest = rows[[np.argmin(lengths)]]
-        for hand in deal([lengths[i] for i in mine], self._micro_batches(lengths, shares)):
+        lengths = split.lengths(rows)
+        longest_first = np.argsort(-lengths, kind="stable")  # as dense attention wants them
+        rows, lengths = rows[longest_first], lengths[longest_first]
+        hand_of = deal(lengths, self.world)
+        dealt_W = np.bincount(hand_of, weights=lengths, minlength=self.world).astype(np.int64)
+        # Who has least of the step's other tasks gets most of this one, and rows if there are fewer than ranks.
+        lightest, most_first = np.argsort(tokens_W, kind="stable"), np.argsort(-dealt_W, kind="stable")
+        tokens_W[lightest] += dealt_W[most_first]
+        mine = np.flatnonzero(hand_of == most_first[lightest == me])
+        number = self._micro_batches(lengths, hand_of)
+        micro_of = deal(lengths[mine], number)
+        for micro in range(number):
+            of_micro = rows[mine[micro_of == micro]]
             # A rank that has run out of rows must still take part in what all ranks compute together.
-            yield make_batch(task, split, rows[mine][hand] if hand else shortest, filler=not hand)
+            filler = not len(of_micro)
+            yield make_batch(task, split, rows[-1:] if filler else of_micro, filler)
 
-    def _micro_batches(self, lengths: list[int], shares: list[list[int]]) -> int:
+    def _micro_batches(self, lengths: NDArray[np.int64], hand_of: NDArray[np.int64]) -> int:
         """How many micro-batches keep within `max_tokens` on every rank (or have one row only)."""
-        most = max(map(len, shares))
+        rows_W = np.bincount(hand_of, minlength=self.world)
+        most = int(rows_W.max())
         number = min(self.accumulation, most)
         if self.max_tokens is not None:
-            by_share = [[lengths[i] for i in share] for share in shares]
-            fewest = -(-max(map(sum, by_share)) // self.max_tokens)
+            lengths_WR = np.zeros((self.world, most), dtype=np.int64)
+            lengths_WR[np.arange(most) < rows_W[:, None]] = lengths[np.argsort(hand_of, kind="stable")]
+            fewest = -(-int(lengths_WR.sum(axis=1).max()) // self.max_tokens)
             number = min(max(number, fewest), most)
-            while number < most and max(_longest_hand(share, number) for share in by_share) > self.max_tokens:
+            while number < most and _most_tokens(lengths_WR, number) > self.max_tokens:
                 number += 1
         return number
 
 
-def _longest_hand(lengths: list[int], hands: int) -> int:
-    return max(sum(lengths[i] for i in hand) for hand in deal(lengths, hands))
+def _most_tokens(lengths_WR: NDArray[np.int64], hands: int) -> int:
+    """Of a hand, when each rank deals its rows, longest first, to so many: as `deal` does, for all ranks at once."""
+    totals_WH = np.zeros((len(lengths_WR), hands), dtype=np.int64)
+    each = np.arange(len(lengths_WR))
+    for lengths_W in lengths_WR.T:
+        totals_WH[each, totals_WH.argmin(axis=1)] += lengths_W
+    return int(totals_WH.max())
 
 
 def prefetched(make: Callable[[int], T], indices: Iterable[int], ahead: int = 2) -> Iterator[T]:
@@ -245,7 +267,7 @@ def prefetched(make: Callable[[int], T], indices: Iterable[int], ahead: int = 2)
 
 def eval_batches(task: str, split: Split, rows: NDArray[np.int64], max_tokens: int) -> Iterator[Batch]:
     """Packs `rows` in batches of similar lengths and at most `max_tokens` tokens (or of one row)."""
-    lengths = np.array([split.length(row) for row in rows.tolist()])
+    lengths = split.lengths(rows)
     batch: list[int] = []
     tokens = 0
     for index in np.argsort(-lengths, kind="stable").tolist():

@@ -72,10 +72,10 @@ class MultiTaskModel(nn.Module):
 
     def reached_by(self, task: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that a task's forward pass goes through, with their names."""
-        unused = "" if self.pooling[task] == "pooler" else "encoder.pooler."
-        for name, parameter in self.named_parameters():
-            if name.startswith(("encoder.", f"heads.{task}.")) and not (unused and name.startswith(unused)):
+        for name, parameter in self.encoder.named_parameters(prefix="encoder"):
+            if self.pooling[task] == "pooler" or not name.startswith("encoder.pooler."):
                 yield name, parameter
+        yield from self.heads[task].named_parameters(prefix=f"heads.{task}")
 
 
 def save_model(model: MultiTaskModel, tokenizer: Tokenizer, folder: Path, scores: Mapping[str, Any]) -> None:

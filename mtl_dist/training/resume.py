@@ -29,24 +29,26 @@ OF_A_START = {*OF_A_NODE, "checkpoint", "log", "distributed"}
 
 
 def about(accelerator: Accelerator, config: Experiment, train: Mapping[str, Split]) -> dict[str, Any]:
-    """What a run is, for its checkpoints."""
+    """What a run is, for its checkpoints, which say how many rows were counted as well."""
     return {
         "mtl_dist": mtl_dist.__version__,
         "ranks": accelerator.num_processes,
         "engine": engine_name(accelerator),
         "precision": precision_of(accelerator),
         "data": {name: split.folder.name for name, split in train.items()},
-        "rows": {name: _counted(split) for name, split in train.items()},  # not in early checkpoints
         "config": config.model_dump(mode="json", by_alias=True),
     }
 
 
-def _counted(split: Split) -> dict[str, Any]:
-    """What tells rows from others."""
-    texts = hashlib.blake2b(digest_size=8)
-    for digests in split.digests():
-        texts.update(digests.tobytes())
-    return {"rows": len(split), "tokens": split.num_tokens, "texts": texts.hexdigest()}
+def counted(train: Mapping[str, Split]) -> dict[str, dict[str, Any]]:
+    """What tells the rows of each task from others; it reads all their digests."""
+    found = {}
+    for name, split in train.items():
+        texts = hashlib.blake2b(digest_size=8)
+        for digests in split.digests():
+            texts.update(digests.tobytes())
+        found[name] = {"rows": len(split), "tokens": split.num_tokens, "texts": texts.hexdigest()}
+    return found
 
 
 def compared(about: Mapping[str, Any], free: Set[str]) -> dict[str, Any]:

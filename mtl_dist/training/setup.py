@@ -37,6 +37,7 @@ from mtl_dist.training.resume import (
     changes,
     checkpoint_to_resume,
     compared,
+    counted,
     load_weights,
     moments_of,
     place_of,
@@ -92,13 +93,16 @@ def set_up(
     _refuse_what_the_engine_cannot(accelerator, config)
     console = make_console(accelerator.is_main_process)
     tokenizer = first_then_others(accelerator, lambda: load_tokenizer(config.encoder.tokenizer_source))
-    splits = first_then_others(accelerator, lambda: load_data(config, tokenizer, console))
+    # What the first process of a machine has checked, the others need not.
+    checked = not accelerator.is_local_main_process
+    splits = first_then_others(accelerator, lambda: load_data(config, tokenizer, console, checked))
     stages = config.all_stages()
     rows = {name: len(split) for name, split in splits["train"].items()}
     orders = [stage.order(rows, config.seed) for stage in stages]
     model = first_then_others(accelerator, lambda: build_model(config, tokenizer, accelerator.device.type))
     now = about(accelerator, config, splits["train"])
     refuse_differences(accelerator, compared(now, OF_A_NODE))
+    now["rows"] = on_one(accelerator, lambda: counted(splits["train"]))
     folder, auto = config.output_dir, resume == "auto"
     # First of all the lock: whoever has the folder may still be saving.
     on_one(accelerator, lambda: lock.take(folder, 120 if auto else 0, console.print))
@@ -109,7 +113,7 @@ def set_up(
     run = Run(accelerator, config, console, tokenizer, splits, stages, orders, now, resumed, model)
 
     console.print(data_table(splits))
-    for line in train_rows_in_dev(splits["train"], splits["dev"]):
+    for line in on_one(accelerator, lambda: train_rows_in_dev(splits["train"], splits["dev"])):
         console.print(line, highlight=False, markup=False)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(f"{parameters:,} parameters, {run.total_steps:,} steps, {describe(accelerator)}", highlight=False)
@@ -141,13 +145,13 @@ def _refuse_what_the_engine_cannot(accelerator: Accelerator, config: Experiment)
                 )
 
 
-def load_data(config: Experiment, tokenizer: Tokenizer, console: Console) -> Splits:
+def load_data(config: Experiment, tokenizer: Tokenizer, console: Console, checked: bool = False) -> Splits:
     """Opens every task's train and dev rows, after preparing those that the cache does not have."""
     splits: Splits = {"train": {}, "dev": {}}
     for name in config.tasks:
         for split_name in ("train", "dev"):
             with counting(console, f"preparing {name} {split_name}") as on_rows:
-                split = config.open_split(name, split_name, tokenizer, on_rows)
+                split = config.open_split(name, split_name, tokenizer, on_rows, checked)
             if split is not None:
                 splits[split_name][name] = split
     return splits

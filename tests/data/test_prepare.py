@@ -3,6 +3,7 @@
 python -m pytest tests/data/test_prepare.py
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 
 from mtl_dist.config import UserError
 from mtl_dist.data import prepare as module
-from mtl_dist.data.prepare import Split, count_rows, prepare
+from mtl_dist.data.prepare import Split, count_rows, prepare, rows_among
 from mtl_dist.data.read import File
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.tasks import TaskConfig
@@ -102,10 +103,10 @@ def test_tokens_are_the_tokenizers_own(
         expected = [cut.encode(*text) for text in texts]
         truncated += sum(len(tokenizer.encode(*text).ids) > max_length for text in texts)
         assert [list(tokens) for tokens in split.inputs(i)] == [encoding.ids for encoding in expected]
-        assert split.length(i) == sum(len(encoding.ids) for encoding in expected)
+        assert split.lengths(np.array([i])) == sum(len(encoding.ids) for encoding in expected)
         assert split.second_from(i) == expected[0].type_ids.count(0)
         assert (split.line(i), split.id(i), split.label(i)) == (i + 1, row["id"], row["y"])
-    assert split.num_tokens == sum(split.length(i) for i in range(30))
+    assert split.num_tokens == split.lengths(np.arange(30)).sum()
     assert split.num_truncated == truncated
     assert (truncated > 0) == (max_length == 8)
 
@@ -141,9 +142,8 @@ def test_the_tokens_stay_in_the_file(tmp_path: Path, tokenizer: Tokenizer) -> No
     before = pa.total_allocated_bytes()
     split = prepare(task().reading(), source, tokenizer, 64, tmp_path)
     assert pa.total_allocated_bytes() == before
-    for tokens, offsets in split._chunks[0].inputs:
+    for tokens in split.inputs(1999):
         assert not tokens.flags.owndata
-        assert not offsets.flags.owndata
 
 
 # Rows that cannot be used
@@ -197,6 +197,17 @@ def test_counting_refuses_what_training_refuses(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         count_rows("task 'sts', dev", task().reading(), written(tmp_path / "x.jsonl", bad))
     assert str(caught.value).endswith("\n... and 2 more such rows; not one row can be used")
+
+
+@given(
+    train=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9).map(lambda i: i << 40 | i), max_size=40),
+    dev=st.lists(st.integers(0, 9).map(lambda i: i << 40 | i % 3), max_size=40),
+    shared=st.integers(0, 40),
+)
+def test_rows_of_dev_are_found_among_those_of_train(train: list[int], dev: list[int], shared: int) -> None:
+    dev = [*dev, *train[:shared]]
+    chunks = [np.array(train[:3], np.uint64), np.array(train[3:], np.uint64)]
+    assert rows_among(chunks, np.array(dev, np.uint64)) == sum(digest in set(train) for digest in dev)
 
 
 # The cache
@@ -267,6 +278,23 @@ def test_processes_write_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer, mo
     parallel, inline = ({path.name: path.read_bytes() for path in entry.iterdir()} for entry in entries)
     assert parallel == inline
     assert files_in(entries[0]) == ["meta.json", "rejected.tsv", "rows.arrow", "sha256sums"]
+
+
+@pytest.mark.parametrize("looking", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(tmp_path: Path, tokenizer: Tokenizer, looking: bool) -> None:
+    during: list[bool] = []
+
+    def crash(rows: int) -> None:
+        during.append(gc.isenabled())
+        raise KeyboardInterrupt
+
+    (gc.enable if looking else gc.disable)()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            prepare(task().reading(), written(tmp_path / "x.jsonl", some_rows(9)), tokenizer, 64, tmp_path, crash)
+        assert (during, gc.isenabled()) == ([False], looking)
+    finally:
+        gc.enable()
 
 
 def test_a_crash_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from resource import RLIMIT_FSIZE, getrlimit, setrlimit
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -191,6 +194,84 @@ def test_a_file_that_changed_between_runs_is_read_again(tmp_path: Path, tokenize
     assert [list(split.inputs(1)[0]) for split in (first, second)] == [[2, 6, 3], [2, 7, 3]]
 
 
+def hashed_now(monkeypatch: pytest.MonkeyPatch, later_s: float) -> list[str]:
+    """The files that are hashed from now on, as if it were so much later."""
+    hashed: list[str] = []
+    fingerprint, now = module.fingerprint, time.time
+
+    def heard(source: File) -> str:
+        hashed.append(source.path.name)
+        return fingerprint(source)
+
+    monkeypatch.setattr(module, "fingerprint", heard)
+    monkeypatch.setattr(module.time, "time", lambda: now() + later_s)
+    return hashed
+
+
+def test_a_file_that_nobody_touched_is_hashed_once(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(tmp_path / "x.jsonl", "a", "b")
+    prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
+    hashed = hashed_now(monkeypatch, later_s=3600)
+    splits = [prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache") for _ in range(3)]
+    assert hashed == ["x.jsonl"]
+    assert len({split.folder for split in splits}) == 1
+
+
+def test_a_file_that_changed_though_nothing_tells_but_its_status_is_hashed_again(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(tmp_path / "x.jsonl", "a", "b")
+    hashed = hashed_now(monkeypatch, later_s=3600)
+    first = prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
+    before = source.path.stat()
+    written(source.path, "a", "c")
+    os.utime(source.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    hashed.clear()
+    second = prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
+    assert hashed
+    assert [list(split.inputs(1)[0]) for split in (first, second)] == [[2, 6, 3], [2, 7, 3]]
+
+
+def test_a_file_that_was_just_written_is_hashed_each_time(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The clock of a file system stands still for some milliseconds: two contents may have the same time.
+    source = written(tmp_path / "x.jsonl", "a", "b")
+    hashed = hashed_now(monkeypatch, later_s=0)
+    for _ in range(2):
+        prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
+    assert hashed[-1:] == ["x.jsonl"] and len(hashed) == 3  # before, after writing, and the second time
+
+
+def test_a_damaged_record_of_a_hash_is_none(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(tmp_path / "x.jsonl", "a", "b")
+    hashed = hashed_now(monkeypatch, later_s=3600)
+    split = prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
+    (record,) = (tmp_path / "cache" / module.HASHES).iterdir()
+    for damage in (b"", record.read_bytes()[:70], bytes([record.read_bytes()[0] ^ 1]) + record.read_bytes()[1:]):
+        record.write_bytes(damage)
+        hashed.clear()
+        assert prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache").folder == split.folder
+        assert hashed == ["x.jsonl"]
+
+
+def test_only_the_first_process_of_a_machine_hashes_an_entry(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(tmp_path / "x.jsonl", "a", "b")
+    split = prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
+    looked: list[Path] = []
+    monkeypatch.setattr(module, "faults", lambda folder, names: looked.append(folder) or [])  # type: ignore[func-returns-value]
+    assert contents(prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache", checked=True)) == contents(split)
+    assert looked == []
+    prepare(TASK.reading(), source, tokenizer, 64, tmp_path / "cache")
+    assert looked == [split.folder]
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = written(tmp_path / "x.jsonl", "a", "b")
     with pytest.raises(UserError) as caught:
@@ -307,6 +388,30 @@ def test_fewer_rows_than_ranks(tiny: Path) -> None:
     first, second = on_ranks(2, _scores_of_one_row, tiny)
     assert first == second
     assert [scores["rows"] for scores in first["tasks"].values()] == [1, 1, 1]
+
+
+READS_ALL = ("data.prepare.fingerprint", "data.prepare.faults", "training.setup.train_rows_in_dev")
+
+
+def _reads_all(config: Path) -> list[str]:
+    """Which of the works that grow with the number of rows this rank did as a run started."""
+    done: list[str] = []
+
+    def heard(name: str) -> Any:
+        module, _, function = name.rpartition(".")
+        original = getattr(import_module(f"mtl_dist.{module}"), function)
+        return patch(f"mtl_dist.{name}", lambda *arguments: (done.append(name), original(*arguments))[1])
+
+    with ExitStack() as patches:
+        for name in READS_ALL:
+            patches.enter_context(heard(name))
+        patches.enter_context(patch.object(module, "SETTLED_S", 0))
+        train(load(Experiment, config, ["steps=1"]), overwrite=True)
+    return sorted(set(done))
+
+
+def test_one_process_of_a_machine_reads_all_rows_as_a_run_starts(tiny: Path) -> None:
+    assert on_ranks(2, _reads_all, tiny) == [sorted(READS_ALL), []]
 
 
 # Rows that are scored and trained on

@@ -4,6 +4,7 @@ python -m pytest tests/model/test_multitask.py
 """
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,20 @@ def test_a_task_leaves_other_heads_without_gradient(tokenizer: Tokenizer, name: 
     encoder = {f"encoder.{parameter}" for parameter, _ in model.encoder.named_parameters()}
     pooler = {"encoder.pooler.weight", "encoder.pooler.bias"}
     assert moved == own | (encoder if name == "mlp" else encoder - pooler)
+
+
+def test_other_tasks_cost_a_task_nothing(tokenizer: Tokenizer) -> None:
+    def seconds(tasks: int) -> float:
+        model = new_model(tokenizer, {f"t{k}": TASKS["linear"] for k in range(tasks)})
+        taken = []
+        for _ in range(7):
+            start = time.process_time()
+            reached = list(model.reached_by("t1"))
+            taken.append(time.process_time() - start)
+        assert {name.split(".")[1] for name, _ in reached if name.startswith("heads.")} == {"t1"}
+        return min(taken)
+
+    assert seconds(400) < 3 * seconds(4)  # about 1; where all heads were walked through, 30
 
 
 def test_a_saved_model_comes_back_bit_for_bit(tmp_path: Path, tokenizer: Tokenizer) -> None:

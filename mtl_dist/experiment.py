@@ -230,9 +230,7 @@ class Experiment(Config):
                 gradients.refuse_misfits()
             except UserError as error:
                 raise MisfitError(of_gradients, f"{stage.label}gradients.{error}") from None
-            if gradients.nonfinite == "drop_task" and not (
-                gradients.measure or (gradients.operates and gradients.every == 1)
-            ):
+            if gradients.nonfinite == "drop_task" and not gradients.always_apart:
                 raise MisfitError(
                     of_gradients,
                     f"{stage.label}gradients.nonfinite is drop_task, which needs the tasks' gradients apart in every "

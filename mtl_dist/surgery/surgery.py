@@ -62,6 +62,11 @@ class SurgeryConfig(Config):
         return self.operates and step % self.every == 0
 
     @property
+    def always_apart(self) -> bool:
+        """Whether every step keeps the tasks' gradients apart."""
+        return bool(self.measure) or (self.operates and self.every == 1)
+
+    @property
     def holds(self) -> bool:
         """Whether the weights of one step are those of the next ones."""
         return self.operates and self.between == "held"

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from mtl_dist.distributed import autocast, precision_of
@@ -116,6 +117,20 @@ class Engine(ABC, Generic[M]):
 
 class Replicas(Engine[M]):
     """One process, or DDP: every rank has the model and the optimizer."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None, rows: Collection[str]
+    ) -> None:
+        """`rows` names parameters whose gradients surgery averages in every step: DDP would keep buckets for them."""
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if trained.keys() <= set(rows):  # DDP wants some
+            rows = ()
+        ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(model, rows)
+        super().__init__(accelerator, model, optimizer, clip_norm)
+        if accelerator.num_processes > 1:
+            for name in rows:  # as DDP does with what it averages
+                dist.broadcast(trained[name].data, src=0)
 
     @contextmanager
     def whole(self) -> Iterator[M]:
@@ -248,11 +263,19 @@ def _like(parameter: nn.Parameter, whole: Tensor) -> Tensor:
 
 
 def start_engine(
-    accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None, apart: Sequence[str]
+    accelerator: Accelerator,
+    model: M,
+    optimizer: Optimizer,
+    clip_norm: float | None,
+    apart: Sequence[str],
+    rows: Collection[str],
 ) -> Engine[M]:
-    """The engine that the launcher asked for; `apart` names submodules that not every step goes through."""
-    engines: dict[DistributedType, type[Engine[M]]] = {DistributedType.DEEPSPEED: Zero, DistributedType.FSDP: Fsdp2}
-    engine = engines.get(accelerator.distributed_type, Replicas)
-    if engine is Zero:
+    """The engine that the launcher asked for; `apart` names submodules that not every step goes through, `rows`
+    parameters whose gradients surgery averages in every step.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return Fsdp2(accelerator, model, optimizer, clip_norm)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         split_groups(optimizer, model, *apart)
-    return engine(accelerator, model, optimizer, clip_norm)
+        return Zero(accelerator, model, optimizer, clip_norm)
+    return Replicas(accelerator, model, optimizer, clip_norm, rows)

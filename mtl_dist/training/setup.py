@@ -205,11 +205,13 @@ def start_stage(run: Run, stage: Stage) -> Trainer:
     """
     accelerator, order = run.accelerator, run.orders[stage.number]
     optimizer = stage_optimizer(run.model, stage, accelerator.device.type)
-    engine = start_engine(accelerator, run.model, optimizer, stage.gradients.clip_norm, run.model.apart())
+    shared = [name for name, p in run.model.named_parameters() if p.requires_grad and name.startswith(f"{SHARED}.")]
+    rows = shared if stage.gradients.always_apart else []
+    engine = start_engine(accelerator, run.model, optimizer, stage.gradients.clip_norm, run.model.apart(), rows)
     if stage.carry_moments:
         engine.restore({name: run.carried[p] for name, p in run.model.named_parameters() if p in run.carried})
     settings = stage.gradients.of_surgery()
-    if not any(parameter.requires_grad for parameter in run.model.get_submodule(SHARED).parameters()):
+    if not shared:
         settings |= {"combiner": Sum() if stage.gradients.operates else stage.gradients.combiner, "measure": False}
     surgery = Surgery(
         engine.model, shared=SHARED, accelerator=accelerator, seed=(run.config.seed, stage.number), **settings

@@ -24,6 +24,7 @@ from mtl_dist.model.multitask import MultiTaskModel
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.surgery import ddp
 from mtl_dist.surgery.rows import row_length
+from mtl_dist.training.engine import Engine, Stepped
 from mtl_dist.training.setup import load_data
 from tests.distributed import on_ranks
 from tests.trained import NO_DROPOUT, far_apart, run
@@ -297,6 +298,27 @@ def test_bytes_really_sent(tiny: Path) -> None:
     )
     assert all_reduced == pytest.approx(4 * 2 * 3 * shared / 2, rel=0.02)
     assert scattered == pytest.approx(4 * (3 + 1) * shared / 2, rel=0.02)
+
+
+def bucket_bytes(config: Path, *overrides: str) -> int:
+    """What DDP keeps to average gradients in."""
+    engines = []
+    step = Engine.step
+
+    def noted(engine: Engine[Any]) -> Stepped:
+        engines.append(engine)
+        return step(engine)
+
+    with patch.object(Engine, "step", noted):
+        run(config, *overrides)
+    return sum(map(int, engines[0].model._get_ddp_logging_data()["bucket_sizes"].split(", ")))
+
+
+def test_ddp_keeps_no_buckets_for_what_surgery_averages(tiny: Path) -> None:
+    whole = 4 * sum(p.numel() for p in run(tiny, *LAST)["parameters"].values())
+    assert on_ranks(2, bucket_bytes, tiny, *LAST) == [whole] * 2
+    assert on_ranks(2, bucket_bytes, tiny, *LAST, PCGRAD, "gradients.every=2") == [whole] * 2
+    assert max(on_ranks(2, bucket_bytes, tiny, *LAST, PCGRAD)) < 0.05 * whole
 
 
 def test_surgery_needs_several_tasks_in_a_step(tiny: Path) -> None:

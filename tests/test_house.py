@@ -22,7 +22,7 @@ HOUSE = """
     experiment
     training: engine scores resume folder setup books loop
     runs: predict
-    studies: plan
+    studies: cost plan
     cli
 """  # from the ground up; within a line, and so within a room, from left to right
 

@@ -82,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from a checkpoint: the last one in output_dir if there is any (auto), or the one at PATH",
     )
     sub.add_argument("--allow-changes", action="store_true", help="go on with other tasks or other train rows as well")
+    sub.add_argument(
+        "--profile",
+        type=int,
+        metavar="N",
+        default=0,
+        help="say where the time of N early steps goes, and write a trace",
+    )
 
     sub = command("verify", _verify, "check that a run's checkpoints and its best model are whole")
     sub.add_argument(
@@ -148,9 +155,11 @@ def _experiment(path: Path, overrides: Sequence[str]) -> "Experiment":
 
 def _train(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
+    if arguments.profile < 0:
+        raise UserError(f"--profile is {arguments.profile}; give the number of steps to profile")
     from mtl_dist.training.loop import train
 
-    train(config, arguments.overwrite, arguments.resume, arguments.allow_changes)
+    train(config, arguments.overwrite, arguments.resume, arguments.allow_changes, arguments.profile)
 
 
 def _verify(arguments: argparse.Namespace) -> None:

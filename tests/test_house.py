@@ -14,7 +14,7 @@ PACKAGE = Path(mtl_dist.__file__).parent
 HOUSE = """
     config
     metrics files checkpoint distributed doctor optim
-    watch: pictures recorder screen
+    watch: pictures recorder screen profile
     surgery: combiners conflict rows ddp fsdp2 zero surgery
     data: packed tokenizer read corpus mixer prepare batches
     model: encoder heads objectives weights multitask

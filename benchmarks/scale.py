@@ -199,19 +199,12 @@ def views() -> None:
 # ---------------------------------------------------------------------------- the model's form, on ranks that there are
 
 WIDTH, LAYERS, TOKENS = 256, 4, 96
-REPETITIONS = 12
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """The median of some repetitions, which all ranks begin together; the first two warm up."""
-    found = []
-    for _ in range(REPETITIONS + 2):
-        if dist.is_initialized():
-            dist.barrier()
-        begin = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - begin)
-    return median(found[2:])
+ROUNDS = 15
+CASES = {  # combiner and reduce
+    "plain": ("sum", "all_reduce"),
+    "all_reduce": ("pcgrad", "all_reduce"),
+    "reduce_scatter": ("pcgrad", "reduce_scatter"),
+}
 
 
 class Model(nn.Module):
@@ -229,76 +222,81 @@ class Model(nn.Module):
         return hidden_TD
 
 
-def measured(world: int) -> dict[str, Any]:
-    """The parts of a step on this rank, and whole steps."""
+def measured(world: int) -> dict[str, float]:
+    """The parts of a step on this rank, and whole steps, in seconds; all in turn, for other work comes and goes."""
     torch.manual_seed(0)
     if world > 1:
         dist.init_process_group("gloo")
-    model = Model()
     packed = pack([np.random.default_rng(i).integers(1000, 8000, TOKENS // 4) for i in range(4)])
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    parameters = list(model.parameters())
 
-    def step(surgery: Surgery) -> None:
-        for parameter in parameters:
+    def wrapped() -> Any:
+        return DistributedDataParallel(Model(), gradient_as_bucket_view=True) if world > 1 else Model()
+
+    def clear(model: nn.Module) -> None:
+        for parameter in model.parameters():
             parameter.grad = None
+
+    def compute(model: Any) -> None:
+        clear(model)
+        with model.no_sync() if world > 1 else nullcontext():
+            model(packed).square().mean().backward()
+
+    def step(model: Any, surgery: Surgery) -> None:
+        clear(model)
         with surgery.step(0, TASKS):
             for task in TASKS:
                 with surgery.task(task, last=True), surgery.micro_batch(True) as backward:
-                    backward(wrapped(packed).square().mean())
+                    backward(model(packed).square().mean())
 
-    def compute() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        with wrapped.no_sync() if world > 1 else nullcontext():
-            wrapped(packed).square().mean().backward()
-
-    flat = torch.zeros(sum(parameter.numel() for parameter in parameters))
-    found: dict[str, Any] = {"size": flat.nbytes}
-    found["reduce"] = seconds(lambda: dist.all_reduce(flat)) if world > 1 else 0.0
-    if world > 1:  # which gloo does no faster than an all-reduce
-        part = flat.new_empty(-(-len(flat) // world))
-        padded = flat.new_zeros(len(part) * world)
-        found["scatter"] = seconds(lambda: reduce_scatter_of(part, padded))
-    found["compute"] = seconds(compute)
-    for name, combiner, reduce in (
-        ("plain", "sum", "all_reduce"),
-        ("reduce_scatter", "pcgrad", "reduce_scatter"),
-        ("all_reduce", "pcgrad", "all_reduce"),
-    ):
-        surgery = Surgery(wrapped, combiner, shared="encoder", reduce=reduce)
+    works: dict[str, Callable[[], object]] = {"compute": partial(compute, wrapped())}
+    for name, (combiner, reduce) in CASES.items():
+        model = wrapped()
+        surgery = Surgery(model, combiner, shared="encoder", reduce=reduce)
         surgery.rows.sums = True  # every task reaches all there is
-        found[name] = seconds(partial(step, surgery))
+        works[name] = partial(step, model, surgery)
         if name == "all_reduce":
             weights_SK = torch.ones(len(surgery.names), len(TASKS))
-            found["combine"] = seconds(surgery.rows.grams) + seconds(partial(surgery.rows.combined, weights_SK))
-        surgery.close()
-    return found
+            works["inner products"] = surgery.rows.grams
+            works["combination"] = partial(surgery.rows.combined, weights_SK)
+    part = torch.zeros(-(-sum(parameter.numel() for parameter in model.parameters()) // world))
+    whole = torch.zeros(len(part) * world)
+    if world > 1:
+        works["reduce"] = partial(dist.all_reduce, whole)
+        works["scatter"] = partial(reduce_scatter_of, part, whole)
+        works["small"] = partial(dist.all_reduce, torch.zeros(16))
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(ROUNDS + 2):
+        for name, work in works.items():
+            if world > 1:
+                dist.barrier()
+            begin = time.perf_counter()
+            work()
+            found[name].append(time.perf_counter() - begin)
+    # The first two warm up; the fastest quarter had least of the other work.
+    return {name: sorted(seconds[2:])[ROUNDS // 4] for name, seconds in found.items()} | {"size": whole.nbytes}
 
 
 def check() -> None:
-    """The table of steps as they are, and as the model has them: with collectives beside compute, and after it."""
-    print("| ranks | all-reduce, reduce-scatter of a row | step | measured | collectives beside compute | after it |")
+    """The table of steps as they are, and as the model has them."""
+    print("| ranks | all-reduce, reduce-scatter, small one | step | measured | collectives beside compute | after it |")
     print("|---|---|---|---|---|---|")
     for world in (1, 2, 4):
         ranks = on_ranks(world, measured, world)
         found = {key: median(rank[key] for rank in ranks) for key in ranks[0]}
         passed_on = (world - 1) / world * found["size"]
-        by_reducing = Link(world, 2 * passed_on / found["reduce"] if world > 1 else 1.0, hop_s=0.0)
-        by_scattering = Link(world, passed_on / found["scatter"] if world > 1 else 1.0, hop_s=0.0)
-        parts = Step(found["size"], len(TASKS), 1, found["compute"], 0.0, found["combine"], 0.0, 0.0, 0.0)
-        for name, model in (("plain", plain), ("all_reduce", all_reduce), ("reduce_scatter", reduce_scatter)):
-            if world > 1 or name != "reduce_scatter":
-                ring = by_scattering if model is reduce_scatter else by_reducing
-                beside = model(parts, ring)
-                after = parts.alone() + model(replace(parts, compute_s=0.0), ring)
-                took = f"{1000 * found['reduce']:.0f}, {1000 * found.get('scatter', 0):.0f} ms"
-                print(
-                    f"| {world} | {took} | {name} | {1000 * found[name]:.0f} ms "
-                    f"| {1000 * beside:.0f} ms ({beside / found[name] - 1:+.0%}) "
-                    f"| {1000 * after:.0f} ms ({after / found[name] - 1:+.0%}) |",
-                    flush=True,
-                )
+        reduce_s, scatter_s = found.get("reduce", 1.0), found.get("scatter", 1.0)
+        small_s = found.get("small", 0.0)
+        by_reducing = Link(world, 2 * passed_on / reduce_s or 1.0, hop_s=0.0, small_s=small_s)
+        by_scattering = Link(world, passed_on / scatter_s or 1.0, hop_s=0.0, small_s=small_s)
+        combine_s = found["inner products"] + found["combination"]
+        parts = Step(found["size"], len(TASKS), 1, found["compute"], 0.0, combine_s, 0.0, 0.0, 0.0)
+        rings = {"plain": by_reducing, "all_reduce": by_reducing, "reduce_scatter": by_scattering}
+        for name in CASES if world > 1 else ("plain", "all_reduce"):
+            model, ring = MODELS[name], rings[name]
+            after = model(replace(parts, compute_s=0.0), ring) + len(TASKS) * found["compute"]
+            took = ", ".join(f"{1000 * s:.0f}" for s in (reduce_s, scatter_s, small_s)) + " ms" if world > 1 else ""
+            both = [f"{1000 * s:.0f} ms ({s / found[name] - 1:+.0%})" for s in (model(parts, ring), after)]
+            print(f"| {world} | {took} | {name} | {1000 * found[name]:.0f} ms |", " | ".join(both), "|", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------- the model's prediction

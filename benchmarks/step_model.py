@@ -22,6 +22,7 @@ NVLINK = 450e9
 NETWORKS = {"InfiniBand NDR, 50 GB/s per GPU": 8 * 50e9, "Ethernet, 100 Gb/s per node": 12.5e9}
 REACHED_NETWORK = 0.8
 HOP_S = 5e-6
+SMALL, SMALL_S = 4, 60e-6  # collectives of a few numbers in a step with surgery, each of which the host waits for
 BUCKET = 25 * 2**20  # of DDP; the last one has no backward pass left to run beside
 SKETCH = 2**16  # numbers of a task's sketch
 
@@ -33,6 +34,7 @@ class Link:
     ranks: int
     bandwidth: float  # bytes per second that each link of the ring passes on
     hop_s: float = HOP_S
+    small_s: float = SMALL_S
 
     def scatter(self, size: float) -> float:
         """A reduce-scatter or a gathering of so many bytes."""
@@ -43,6 +45,10 @@ class Link:
     def reduce(self, size: float) -> float:
         """An all-reduce."""
         return 2 * self.scatter(size)
+
+    def agree(self) -> float:
+        """What the ranks tell each other about tasks, parameters, inner products and weights."""
+        return 0.0 if self.ranks == 1 else SMALL * self.small_s
 
 
 def link(network: str, ranks: int) -> Link:
@@ -112,7 +118,7 @@ def all_reduce(step: Step, link: Link, row: float = 1.0) -> float:
     for _ in range(step.tasks):
         now += step.of_task_s
         done = max(done, now) + link.reduce(row * step.size)
-    return done + step.combine_s + step.optimizer_s
+    return done + step.combine_s + link.agree() + step.optimizer_s
 
 
 def reduce_scatter(step: Step, link: Link, row: float = 1.0) -> float:
@@ -121,14 +127,14 @@ def reduce_scatter(step: Step, link: Link, row: float = 1.0) -> float:
     for _ in range(step.tasks):
         now = max(now, landed[-2]) + step.of_task_s
         landed.append(max(landed[-1], now) + link.scatter(row * step.size))
-    combined = step.combine_s / link.ranks + step.of_part_s
+    combined = step.combine_s / link.ranks + step.of_part_s + link.agree()
     return landed[-1] + combined + link.scatter(step.size) + step.optimizer_s
 
 
 def sketch(step: Step, link: Link) -> float:
     """Inner products of sketches, in a small all-reduce; then the weighted sum of the rank's rows, in a large one."""
     sketches = 2 * step.tasks * step.pass_s + link.reduce(4 * SKETCH * step.tasks)
-    return step.alone() + sketches + 3 * step.tasks * step.pass_s + link.reduce(step.size)
+    return step.alone() + sketches + 3 * step.tasks * step.pass_s + link.agree() + link.reduce(step.size)
 
 
 def held(step: Step, link: Link, every: int, combined: Callable[[Step, Link], float]) -> float:
@@ -142,7 +148,8 @@ def zero2(step: Step, link: Link, surgery: bool = True) -> float:
     waits = max(link.reduce(min(2 * 32e6, step.size / 2)), link.reduce(step.size / 2) - step.backward_s)
     combined = (step.combine_s + 3 * step.tasks * step.pass_s) / link.ranks + step.of_part_s if surgery else 0.0
     stepped = step.optimizer_s / link.ranks + link.scatter(step.size / 2)
-    return visits * (step.compute_s + (waits if link.ranks > 1 else 0.0)) + combined + stepped
+    agreed = link.agree() if surgery else 0.0
+    return visits * (step.compute_s + (waits if link.ranks > 1 else 0.0)) + combined + agreed + stepped
 
 
 def fsdp2(step: Step, link: Link, surgery: bool = True, layers: int = 12) -> float:
@@ -155,4 +162,4 @@ def fsdp2(step: Step, link: Link, surgery: bool = True, layers: int = 12) -> flo
     visits, averaged = step.tasks * step.micro_batches, step.tasks if surgery else 1
     combined = max((step.combine_s + 3 * step.tasks * step.pass_s) / link.ranks, step.of_shards_s) if surgery else 0.0
     total = (visits - averaged) * alone + averaged * scattered + visits * edges
-    return total + combined + step.optimizer_s / link.ranks
+    return total + combined + (link.agree() if surgery else 0.0) + step.optimizer_s / link.ranks

@@ -63,8 +63,15 @@ def main() -> None:
     """Prints the tables, in Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cuda", action="store_true", help="on GPUs")
-    cuda: bool = parser.parse_args().cuda
+    parser.add_argument(
+        "--worlds", type=int, nargs="+", help="numbers of ranks; by default as many as there is room for"
+    )
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="engines whose names begin so")
+    arguments = parser.parse_args()
+    cuda: bool = arguments.cuda
     worlds = [w for w in (1, 2, 4, 8) if w <= torch.cuda.device_count()] if cuda else [2, 4]
+    worlds = arguments.worlds or worlds
+    names = [name for name in ROWS if name.startswith(tuple(arguments.only))]
     failed = False
 
     def cell(value: float, bound: float) -> str:
@@ -93,7 +100,7 @@ def main() -> None:
         exact = {c: written_out(config, *common, PCGRAD, c) for c in (CLIPPING, NONE)}
         away = {c: far_apart(alone_in_fp32(config, *common, c), exact[c]) for c in (CLIPPING, NONE)}
         print("| the plain sum |", " | ".join(f"{away[c]:.1e}" for _, _, c in cases), "|")
-        for name in ROWS:
+        for name in names:
             cells = [furthest(w, name, exact[c], PCGRAD, c, f"gradients.accumulation={a}") for w, a, c in cases]
             print(f"| {name} |", " | ".join(cell(value, BOUND) for value in cells), "|", flush=True)
 
@@ -103,7 +110,7 @@ def main() -> None:
         for precision in ("bf16", "fp16") if cuda else ("bf16",):
             print(f"\n| {precision} | rounding |", " | ".join(f"W={world}" for world in worlds if world > 1), "|")
             print("|---" * (len(worlds) + 2) + "|")
-            for name in ROWS:
+            for name in names:
                 if precision == "fp16" and name == "FSDP2":
                     continue  # is refused
                 engine, _ = ROWS[name]

@@ -83,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from a checkpoint: the last one in output_dir if there is any (auto), or the one at PATH",
     )
     sub.add_argument("--allow-changes", action="store_true", help="go on with other tasks or other train rows as well")
+    sub.add_argument(
+        "--profile",
+        type=int,
+        metavar="N",
+        default=0,
+        help="say where the time of N early steps goes, and write a trace",
+    )
 
     sub = command("verify", _verify, "check that a run's checkpoints and its best model are whole")
     sub.add_argument(
@@ -92,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plan", _plan, "say what training will draw, send and keep, and how long it takes, before it starts")
     config(sub)
     sub.add_argument("--ranks", type=int, metavar="W", help="processes to plan for; by default the ones launched")
+    sub.add_argument(
+        "--engine",
+        choices=("ddp", "zero1", "zero2", "zero3", "fsdp2"),
+        help="what trains there; by default what is launched, else ddp",
+    )
     sub.add_argument("--measure", action="store_true", help="time a few steps of each stage, on the processes launched")
     as_json(sub)
 
@@ -144,9 +156,11 @@ def _experiment(path: Path, overrides: Sequence[str]) -> "Experiment":
 
 def _train(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
+    if arguments.profile < 0:
+        raise UserError(f"--profile is {arguments.profile}; give the number of steps to profile")
     from mtl_dist.training.loop import train
 
-    train(config, arguments.overwrite, arguments.resume, arguments.allow_changes)
+    train(config, arguments.overwrite, arguments.resume, arguments.allow_changes, arguments.profile)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -192,13 +206,19 @@ def _plan(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
     ranks = asked or config.distributed.processes or launched
     from mtl_dist.data.tokenizer import load_tokenizer
+    from mtl_dist.distributed import launched as launched_engine
     from mtl_dist.studies.plan import measure, plan, tables
     from mtl_dist.training.setup import load_data
     from mtl_dist.watch.screen import make_console
 
+    engine, precision = launched_engine(config.precision)
+    if arguments.measure and arguments.engine not in (None, engine):
+        raise UserError(
+            f"--engine is {arguments.engine}, but --measure trains with what is launched, which is {engine}"
+        )
     tokenizer = load_tokenizer(config.encoder.tokenizer_source)
     splits = load_data(config, tokenizer, make_console(_is_first_rank(), stderr=True))
-    planned = plan(config, tokenizer, splits, ranks)
+    planned = plan(config, tokenizer, splits, ranks, arguments.engine or engine, precision)
     if arguments.measure:
         planned = measure(config, planned)
     if not _is_first_rank():

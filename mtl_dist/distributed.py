@@ -44,6 +44,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from mtl_dist.config import Config, UserError, differences
 
 Precision = Literal["fp32", "bf16", "fp16"]
+EngineName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+ENGINES: dict[EngineName, str] = {  # as people call them
+    "ddp": "DDP",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "fsdp2": "FSDP2",
+}
 T = TypeVar("T")
 PATIENCE_S = 5  # with the others, of a process that ends with an error
 
@@ -157,6 +165,17 @@ def start(config: DistributedConfig, precision: Precision | None) -> Accelerator
     return accelerator
 
 
+def launched(precision: Precision | None) -> tuple[EngineName, Precision]:
+    """What would train, and in which precision, as the launcher says; nothing is started."""
+    if _launcher_says("ACCELERATE_USE_DEEPSPEED"):
+        config = _deepspeed_plugin(precision).deepspeed_config
+        zero: dict[int, EngineName] = {1: "zero1", 2: "zero2", 3: "zero3"}
+        return zero[config["zero_optimization"]["stage"]], _precision_named(deepspeed_precision(config))
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    engine: EngineName = "fsdp2" if _launcher_says("ACCELERATE_USE_FSDP") else "ddp"
+    return engine, precision or _precision_named(mixed)
+
+
 def _launcher_says(variable: str) -> bool:
     return bool(str_to_bool(os.environ.get(variable, "false")))
 
@@ -268,7 +287,12 @@ def engine_name(accelerator: Accelerator) -> str:
 
 def precision_of(accelerator: Accelerator) -> Precision:
     """In which precision the model computes."""
-    precision: Precision = accelerator.mixed_precision.replace("no", "fp32")
+    return _precision_named(accelerator.mixed_precision)
+
+
+def _precision_named(mixed: Any) -> Precision:
+    """What Accelerate calls a precision, as we do."""
+    precision: Precision = mixed.replace("no", "fp32")
     return precision
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(mtl_dist.__file__).parent
 HOUSE = """
     config
     metrics files checkpoint distributed doctor optim
-    watch: pictures recorder screen
+    watch: pictures recorder screen profile
     surgery: combiners conflict noise rows ddp fsdp2 zero surgery
     data: packed tokenizer read corpus mixer prepare batches
     model: encoder heads objectives weights multitask
@@ -22,7 +22,7 @@ HOUSE = """
     experiment
     training: engine scores resume folder setup books loop
     runs: predict
-    studies: plan
+    studies: cost plan
     cli
 """  # from the ground up; within a line, and so within a room, from left to right
 

@@ -18,9 +18,12 @@ from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.text import Text
 from tokenizers import Tokenizer
+from torch import nn
 
 from mtl_dist.data.mixer import Explicit, Order, SampledOrder
-from mtl_dist.experiment import Experiment, GradientsConfig, LogConfig, StageConfig
+from mtl_dist.distributed import ENGINES, EngineName, Precision
+from mtl_dist.experiment import Experiment, LogConfig, StageConfig
+from mtl_dist.studies.cost import StageCost, Work, cost_of
 from mtl_dist.training.folder import Splits
 from mtl_dist.training.loop import train
 from mtl_dist.training.setup import build_model, stage_optimizer
@@ -29,7 +32,6 @@ from mtl_dist.watch.screen import plain_table
 
 MOST_READS = 4  # of a row, up to which reading it again is nearly as good as reading another one
 RECORDED_STEPS, RECORDS = 4, 3  # of each stage in a timed run
-FLOAT_BYTES = 4  # gradients and moments are fp32, whatever the precision of the products
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,6 @@ class TaskPlan:
     times_read: float  # how often each row that the task may read was read when the stage ends, over all stages so far
     repeated: bool  # whether that is more than MOST_READS, and the stage draws the task
     tokens: float
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What training takes on each rank."""
-
-    bytes_sent_per_step: int
-    gradient_bytes: int
-    moment_bytes: int
-    task_gradient_bytes: int
 
 
 @dataclass(frozen=True)
@@ -77,36 +69,17 @@ class Plan:
     """All stages, and their sums."""
 
     ranks: int
+    engine: EngineName
+    precision: Precision
     steps: int
     tokens: float
     stages: list[StagePlan]
     seconds: float | None = None
 
 
-def cost_of(parameters: int, shared: int, tasks: int, gradients: GradientsConfig, ranks: int) -> StageCost:
-    """What a step costs under DDP, of whose `parameters` the tasks have so many `shared`.
-
-    A ring all-reduce passes every rank's share on twice around, and so sends 2 (W - 1) / W of what it reduces; a
-    reduce-scatter or a gathering sends half of that. Plain training reduces one gradient. With a row for each of K
-    tasks (to combine them, or to measure) every row is all-reduced, or scattered and the combination gathered: then a
-    rank holds K / W rows, and two whole ones on their way. Heads are reduced as they are. AdamW keeps two moments.
-    """
-    gradient_bytes, own = FLOAT_BYTES * parameters, FLOAT_BYTES * (parameters - shared)
-    row = (2 if gradients.buffer_dtype == "bf16" else FLOAT_BYTES) * shared
-    passed_on, held = 2 * gradient_bytes, 0
-    if gradients.operates or gradients.measure:
-        scattered = gradients.reduce == "reduce_scatter" and ranks > 1
-        passed_on = (tasks * row + FLOAT_BYTES * shared if scattered else 2 * tasks * row) + 2 * own
-        held = tasks * row // ranks + 2 * row if scattered else tasks * row
-    return StageCost(
-        bytes_sent_per_step=(ranks - 1) * passed_on // ranks,
-        gradient_bytes=gradient_bytes,
-        moment_bytes=2 * gradient_bytes,
-        task_gradient_bytes=held,
-    )
-
-
-def plan(config: Experiment, tokenizer: Tokenizer, splits: Splits, ranks: int) -> Plan:
+def plan(
+    config: Experiment, tokenizer: Tokenizer, splits: Splits, ranks: int, engine: EngineName, precision: Precision
+) -> Plan:
     """What training on these splits does, on so many ranks."""
     model = build_model(config, tokenizer, "cpu")
     train_splits = splits["train"]
@@ -116,9 +89,17 @@ def plan(config: Experiment, tokenizer: Tokenizer, splits: Splits, ranks: int) -
     for stage in config.all_stages():
         order = stage.order(rows, config.seed)
         stage_optimizer(model, stage, "cpu")  # which sets what the stage trains
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        shared = sum(parameter.numel() for parameter in model.encoder.parameters() if parameter.requires_grad)
-        cost = cost_of(trained, shared, stage.mixer.most_tasks(len(stage.tasks)), stage.gradients, ranks)
+        trained = _elements(model, trained=True)
+        draws_per_step = sum(order.expected().values()) / (order.steps or 1)
+        work = Work(
+            parameters=_elements(model),
+            layers=_elements(model.encoder.layers),
+            trained=trained,
+            shared=_elements(model.encoder, trained=True),
+            tasks=stage.mixer.most_tasks(len(stage.tasks)),
+            micro_batches=draws_per_step * stage.gradients.accumulation,
+        )
+        cost = cost_of(work, stage.gradients, engine, precision, ranks)
         probability = probabilities(order)
         tasks = {}
         for name, draws in order.expected().items():
@@ -141,7 +122,12 @@ def plan(config: Experiment, tokenizer: Tokenizer, splits: Splits, ranks: int) -
             )
         tokens = sum(task.tokens for task in tasks.values())
         stages.append(StagePlan(stage.name, order.steps, tokens, trained, cost, tasks))
-    return Plan(ranks, sum(stage.steps for stage in stages), sum(stage.tokens for stage in stages), stages)
+    steps, tokens = sum(stage.steps for stage in stages), sum(stage.tokens for stage in stages)
+    return Plan(ranks, engine, precision, steps, tokens, stages)
+
+
+def _elements(module: nn.Module, trained: bool = False) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
 
 
 def probabilities(order: Order) -> dict[str, tuple[float, float]]:
@@ -217,18 +203,20 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         counted = "; stages add up" if several else ""
         yield f"! rows read more than {MOST_READS} times teach little new (Muennighoff et al. 2023){counted}\n"
 
-    memory = ("gradients", "of tasks", "moments")
+    memory = ("weights", "gradients", "of tasks", "moments")
     table = plain_table("stage", "steps", "tokens", "trained", "sent per step", *memory, texts=["stage"])
     for stage in plan.stages:
         counts = (f"{number:,.0f}" for number in (stage.steps, stage.tokens, stage.trained_parameters))
         cost = stage.cost
-        sizes = (cost.bytes_sent_per_step, cost.gradient_bytes, cost.task_gradient_bytes, cost.moment_bytes)
-        table.add_row(stage.name, *counts, *(decimal(size) if size else "none" for size in sizes))
+        held = (cost.weight_bytes, cost.gradient_bytes, cost.task_gradient_bytes, cost.moment_bytes)
+        table.add_row(
+            stage.name, *counts, *(decimal(size) if size else "none" for size in (cost.bytes_sent_per_step, *held))
+        )
     if several:
         table.add_row("total", f"{plan.steps:,}", f"{plan.tokens:,.0f}")
     yield table
     ranks = f"{plan.ranks} rank{'s' * (plan.ranks > 1)}"
-    yield f"bytes sent, gradients (all, and those of single tasks) and moments are those of each of {ranks}, with DDP"
+    yield f"on each of {ranks} with {ENGINES[plan.engine]} in {plan.precision}: sent, and held besides activations"
 
     if plan.seconds is not None:
         table = plain_table("stage", "seconds per step", "tokens per second", "estimated time", texts=["stage"])

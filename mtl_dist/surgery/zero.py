@@ -113,6 +113,8 @@ class Partitioned(Rows):
         super().__init__(model, shared, rest, dtype, scaler)
         # ZeRO-3 frees its weights with the first backward pass (deepspeedai/DeepSpeed#8135).
         self.retains = not hasattr(self.zero, "fp32_partitioned_groups_flat")
+        # ZeRO-1 averages what the last backward pass of a step goes through, and nothing else.
+        self.sums = getattr(self.zero, "partition_gradients", True)
         self.places = places(self.zero)
         self.groups = groups_in(self.zero)
         self.names = {parameter: name for name, parameter in model.module.named_parameters()}

@@ -12,11 +12,12 @@ from mtl_dist.data.read import place
 from mtl_dist.experiment import Experiment
 from mtl_dist.files import SUMS, drafts, put_back
 from mtl_dist.model.multitask import BEST, MODEL_FILES
+from mtl_dist.watch.profile import TRACES
 from mtl_dist.watch.recorder import DRAFT, METRICS, TENSORBOARD
 
 REJECTED = "rejected.tsv"
 # All that a run leaves in its folder.
-RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, DRAFT, TENSORBOARD, CHECKPOINTS, LOCK, BEST, *drafts(BEST)}
+RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, DRAFT, TENSORBOARD, TRACES, CHECKPOINTS, LOCK, BEST, *drafts(BEST)}
 
 # Whole, or on its way from or to one that is.
 _CHECKPOINT = re.compile(rf"step-\d+({'|'.join(map(re.escape, drafts('')))})?")
@@ -95,6 +96,8 @@ def _is_a_runs(path: Path) -> bool:
             return True
         case (part, name) if part == TENSORBOARD:
             return name.startswith("events.out.tfevents.")
+        case (part, name) if part == TRACES:
+            return re.fullmatch(r"trace-\d+\.json", name) is not None
         case (part, step, *inside) if part == CHECKPOINTS:
             return _CHECKPOINT.fullmatch(step) is not None and "/".join(inside) in ("", *COVERED, SUMS)
         case (part, *inside) if part in (BEST, *drafts(BEST)):

@@ -21,11 +21,18 @@ from mtl_dist.training.books import Books, enough_for, enough_memory
 from mtl_dist.training.resume import Saver
 from mtl_dist.training.scores import Scores
 from mtl_dist.training.setup import Run, Trainer, evaluation_steps, set_up, start_stage
+from mtl_dist.watch.profile import Profile, drawn, part
 from mtl_dist.watch.recorder import TENSORBOARD
 from mtl_dist.watch.screen import score_table, stage_table
 
 
-def train(config: Experiment, overwrite: bool = False, resume: str = "never", allow_changes: bool = False) -> Scores:
+def train(
+    config: Experiment,
+    overwrite: bool = False,
+    resume: str = "never",
+    allow_changes: bool = False,
+    profiled_steps: int = 0,
+) -> Scores:
     """Trains from the first step, or from a checkpoint, to the last, or to a signal that stops it.
 
     Returns the best model's scores; all else is in `config.output_dir`. `resume` is never, auto or a path.
@@ -41,10 +48,11 @@ def train(config: Experiment, overwrite: bool = False, resume: str = "never", al
             Books(run, stops) as books,
             Saver(accelerator, config, run.about, books.screen.line) as saver,
             books.watchdog,
+            Profile(profiled_steps, config.output_dir, accelerator.process_index, books.screen.console) as profile,
         ):
             stop = None
             for stage in run.stages[run.first[0] :]:
-                stop = train_stage(run, stage, books, saver)
+                stop = train_stage(run, stage, books, saver, profile)
                 if stop:
                     break
             books.watchdog.watch()
@@ -53,7 +61,7 @@ def train(config: Experiment, overwrite: bool = False, resume: str = "never", al
         return books.judge.best
 
 
-def train_stage(run: Run, stage: Stage, books: Books, saver: Saver) -> signal.Signals | None:
+def train_stage(run: Run, stage: Stage, books: Books, saver: Saver, profile: Profile) -> signal.Signals | None:
     """Trains a stage to its end, or to the signal that stops the run there."""
     start, end = run.first_step(stage), run.orders[stage.number].steps
     if len(run.stages) > 1:
@@ -84,10 +92,13 @@ def train_stage(run: Run, stage: Stage, books: Books, saver: Saver) -> signal.Si
     evaluations = (step for step in evaluation_steps(run.config, trainer.order) if step > start)
     next_evaluation = next(evaluations, end)
     steps = range(start, end)
-    for step, (draws, batches) in zip(steps, meter.waits(prefetched(batches_of, steps)), strict=True):
+    waiting = drawn(meter.waits(prefetched(batches_of, steps)))
+    for step, (draws, batches) in zip(steps, waiting, strict=True):
         books.watchdog.watch()
         with enough_memory(f"step {run.done + 1}"):
             train_step(run, trainer, step, draws, batches, books)
+        with meter.paused():
+            profile.step()
 
         last = step + 1 == end
         reports = last or run.done % run.config.log.every_steps == 0
@@ -128,12 +139,12 @@ def train_step(run: Run, trainer: Trainer, step: int, draws: list[Draw], batches
     for batch in batches:
         by_task[batch.task].append(batch)
     rows_averaged = rows_of_mean(stage, draws)
-    with surgery.step(step, list(by_task)) as loss_weight:
+    with part("surgery"), surgery.step(step, list(by_task)) as loss_weight:
         for name, batches_of_task in by_task.items():
             task = stage.tasks[name]
             # The ranks' mean of losses scaled so is the mean over the global batch, however rows are dealt.
             scale = task.weight * loss_weight[name] * run.accelerator.num_processes / rows_averaged[name]
-            with surgery.task(name, last=True):
+            with surgery.task(name, last=True), part(f"forward and backward, {name}"):
                 for batch in batches_of_task:
                     last, rows = batch is batches_of_task[-1], 0 if batch.filler else len(batch.rows)
                     with enough_for(batch, run.done + 1), surgery.micro_batch(last, rows) as backward:
@@ -141,7 +152,8 @@ def train_step(run: Run, trainer: Trainer, step: int, draws: list[Draw], batches
                         loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
                         backward(loss_N.sum() * scale)
                     of_rows.append((batch, loss_N.detach()))
-    stepped = trainer.engine.step()
+    with part("optimizer"):
+        stepped = trainer.engine.step()
     run.done += 1
     books.add(trainer, (task for task, _ in draws), of_rows, stepped)
 

@@ -7,7 +7,6 @@ from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,9 +15,11 @@ from mtl_dist.cli import main
 from mtl_dist.config import load
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment, GradientsConfig
-from mtl_dist.studies.plan import Plan, StageCost, cost_of, plan, tables, timed_run
+from mtl_dist.studies.cost import Work, cost_of
+from mtl_dist.studies.plan import Plan, plan, tables, timed_run
 from mtl_dist.training.setup import load_data
 from tests.distributed import on_ranks
+from tests.trained import ENGINES
 
 # 205 words, 64 positions, 2 segments and a norm of width 32; two layers of 4,224 + 4,192 + 128; a pooler of 32 x 33.
 ENCODER = 271 * 32 + 64 + 2 * 8544 + 1056
@@ -29,7 +30,7 @@ ROWS = {"mood": 40, "same": 70, "near": 7}
 def planned(path: Path, *overrides: str, ranks: int = 1) -> Plan:
     config = load(Experiment, path, overrides)
     tokenizer = load_tokenizer(config.encoder.tokenizer_source)
-    return plan(config, tokenizer, load_data(config, tokenizer, Console(quiet=True)), ranks)
+    return plan(config, tokenizer, load_data(config, tokenizer, Console(quiet=True)), ranks, "ddp", "fp32")
 
 
 def shown(plan: Plan, **console: bool) -> str:
@@ -86,26 +87,10 @@ def test_every_stage_and_their_sums(tiny: Path) -> None:
     assert plan.stages[1].tokens == pytest.approx(16 * 9 * mean_tokens(tiny.parent)["same"])
     assert plan.tokens == plan.stages[0].tokens + plan.stages[1].tokens
     assert [stage.trained_parameters for stage in plan.stages] == [ENCODER + HEADS, HEADS, ENCODER + HEADS]
-    assert plan.stages[1].cost == cost_of(HEADS, 0, 1, GradientsConfig(), 4)
+    work = Work(ENCODER + HEADS, 2 * 8544, HEADS, shared=0, tasks=1, micro_batches=1)
+    assert plan.stages[1].cost == cost_of(work, GradientsConfig(), "ddp", "fp32", 4)
     assert list(plan.stages[1].tasks) == ["same"]
     assert plan.stages[2].tasks["mood"].probability == (0, 0)
-
-
-def test_bytes_of_a_step() -> None:
-    def cost(ranks: int, **gradients: Any) -> StageCost:
-        return cost_of(100, shared=80, tasks=3, gradients=GradientsConfig.model_validate(gradients), ranks=ranks)
-
-    plain = cost(4)
-    assert plain.bytes_sent_per_step == 600  # 2 x 3/4 x 400
-    assert (plain.gradient_bytes, plain.moment_bytes, plain.task_gradient_bytes) == (400, 800, 0)
-    assert [cost(ranks).bytes_sent_per_step for ranks in (1, 2)] == [0, 400]
-    surgery = {"combiner": {"kind": "pcgrad"}}
-    # 3 rows of 320 and heads of 80, all-reduced; or 3 rows scattered, one gathered, and the heads all-reduced.
-    assert cost(4, **surgery).bytes_sent_per_step == 2 * 3 * (3 * 320 + 80) // 4
-    assert cost(4, **surgery, reduce="reduce_scatter").bytes_sent_per_step == 3 * (3 * 320 + 320 + 2 * 80) // 4
-    assert cost(4, **surgery).task_gradient_bytes == cost(1, measure=True).task_gradient_bytes == 3 * 320
-    assert cost(4, **surgery, reduce="reduce_scatter").task_gradient_bytes == 3 * 320 // 4 + 2 * 320
-    assert cost(4, **surgery, buffer_dtype="bf16").task_gradient_bytes == 3 * 160
 
 
 def repeated(plan: Plan) -> list[list[str]]:
@@ -162,6 +147,9 @@ def test_the_command_prints_the_plan(tiny: Path, capsys: pytest.CaptureFixture[s
     assert main(["plan", str(tiny), "--ranks", "4"]) == 0
     text = capsys.readouterr().out
     assert "162.1 kB" in text  # 2 x 3/4 x 4 x 27,012
+    assert "on each of 4 ranks with DDP in fp32" in text
+    assert main(["plan", str(tiny), "--ranks", "4", "--engine", "zero2", "precision=bf16"]) == 0
+    assert "ZeRO-2 in bf16" in capsys.readouterr().out
     assert "estimated time" not in text
     assert not (tiny.parent / "run").exists()
 
@@ -177,10 +165,26 @@ def test_launched_processes_are_planned_for_and_one_talks(
     assert capsys.readouterr().out == ""
 
 
+def test_the_launcher_says_what_trains(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for engine, precision in (("fsdp2", "fp32"), ("zero3", "bf16")):  # of ds_configs/zero3.json
+        with monkeypatch.context() as launcher:
+            for variable, value in ENGINES[engine].items():
+                launcher.setenv(variable, value)
+            assert main(["plan", str(tiny), "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert (found["engine"], found["precision"]) == (engine, precision)
+
+
 def test_mistakes_end_with_2(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--ranks", "0"], "--ranks is 0; give 1 or more"),
         (["--ranks", "2", "--measure"], "--ranks is 2, but --measure runs on the processes launched, which are 1"),
+        (
+            ["--engine", "zero2", "--measure"],
+            "--engine is zero2, but --measure trains with what is launched, which is ddp",
+        ),
         (["tasks.mood.subsample.rows=41"], "tasks.mood.subsample.rows is 41, but train has only 40 rows"),
         (["gradients.combiner.kind=pcgard"], "gradients.combiner.kind is 'pcgard'; did you mean 'pcgrad'?"),
         (["stages=[{trains: heads, tasks: [near]}]"], "stage '1': task 'near' has nothing to train"),

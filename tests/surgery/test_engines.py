@@ -67,6 +67,21 @@ def test_zero3_would_apply_the_gradients_of_earlier_steps(tiny: Path, surgery: l
     assert far_apart(on_ranks(2, run_and_never_forget, tiny, *overrides)[0]["parameters"], expected) > 1e-4
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "zero1",  # which by itself would average what the last task reaches, and leave the others' heads alone
+        pytest.param("zero2", marks=pytest.mark.long),
+        pytest.param("zero3", marks=pytest.mark.long),
+        pytest.param("fsdp2", marks=pytest.mark.long),
+    ],
+)
+def test_plain_training_averages_every_head(tiny: Path, engine: str) -> None:
+    overrides = [*LAST, "steps=6", "gradients.accumulation=2"]
+    expected = run(tiny, *overrides)["parameters"]
+    assert far_apart(on_ranks(2, run_under, engine, tiny, *overrides)[0]["parameters"], expected) < 1e-6
+
+
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
 def test_scopes_and_steps_between(tiny: Path, engine: str) -> None:
     overrides = [*LAST, PCGRAD, "gradients.every=2", "gradients.scope=layers", "gradients.match=layers", "steps=6"]

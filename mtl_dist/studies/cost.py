@@ -1,0 +1,118 @@
+"""What a step sends and what a rank holds, by formulas, under each engine; counted on ranks by the tests.
+
+A ring all-reduce passes every rank's share on twice around, and so sends 2 (W - 1) / W of what it reduces; a
+reduce-scatter or a gathering sends half of that.
+"""
+
+# Suffixes: P = trained parameters, S = those that the tasks share, W = ranks, K = tasks of a step.
+
+from dataclasses import dataclass
+
+from mtl_dist.distributed import EngineName, Precision
+from mtl_dist.experiment import GradientsConfig
+
+FLOAT_BYTES = 4  # moments and what the optimizer steps are fp32, whatever the precision of the products
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the steps of a stage work on."""
+
+    parameters: int  # of the model, frozen ones too
+    layers: int  # of the encoder's layers, likewise
+    trained: int
+    shared: int  # trained, and of the encoder
+    tasks: int  # of a step
+    micro_batches: float  # of a step, on each rank
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What training takes on each rank."""
+
+    bytes_sent_per_step: int
+    weight_bytes: int
+    gradient_bytes: int
+    moment_bytes: int
+    task_gradient_bytes: int
+
+
+def cost_of(work: Work, gradients: GradientsConfig, engine: EngineName, precision: Precision, ranks: int) -> StageCost:
+    """What a step costs with AdamW's two moments; activations and fixed buckets of the engines come on top.
+
+    Of steps with surgery and without (`every`) the bytes sent are the mean, and what is held is that of surgery.
+    """
+    apart = gradients.operates or bool(gradients.measure)
+    sent = _sent(work, gradients, engine, precision, ranks, apart)
+    if gradients.operates and not gradients.measure:
+        between = _sent(work, gradients, engine, precision, ranks, apart=False)
+        sent += (between - sent) * (gradients.every - 1) / gradients.every
+    whole, weights = FLOAT_BYTES * work.trained, FLOAT_BYTES * work.parameters
+    share = whole // ranks
+    computed = 2 if precision != "fp32" else FLOAT_BYTES  # ZeRO's weights that the model computes with, per element
+    moments = 2 * whole if engine == "ddp" else 2 * share
+    row = _row(work, gradients)
+    rows = work.tasks * row // ranks if apart else 0
+    match engine:
+        case "ddp":
+            held = whole
+            if apart:
+                held += whole if ranks > 1 else 0  # DDP's own buckets, which its plain steps average in
+                rows = work.tasks * row
+                if _scatters(gradients, ranks):
+                    held += FLOAT_BYTES * work.shared // ranks  # of the combination, before it is gathered
+                    rows = rows // ranks + 2 * row  # one is filled while the other is on its way
+        case "zero1":
+            weights = computed * work.parameters + share
+            # Every gradient is whole until it is averaged; the sum of a plain step is kept in a row.
+            held = max(computed * work.trained, share) + computed * work.trained // ranks
+            rows = rows or row // ranks
+        case "zero2":
+            weights = computed * work.parameters + share
+            held = 2 * share  # averaged, and once more in one piece for the step
+        case "zero3":
+            weights = computed * work.parameters // ranks + share
+            held = 2 * share
+        case "fsdp2":
+            weights //= ranks
+            # Gradients that wait for a later micro-batch are whole.
+            waits = work.micro_batches > (work.tasks if apart else 1)
+            held = share + (whole if waits else 0)
+    return StageCost(round(sent), weights, held, moments, rows)
+
+
+def _row(work: Work, gradients: GradientsConfig) -> int:
+    return (2 if gradients.buffer_dtype == "bf16" else FLOAT_BYTES) * work.shared
+
+
+def _scatters(gradients: GradientsConfig, ranks: int) -> bool:
+    return gradients.reduce == "reduce_scatter" and ranks > 1
+
+
+def _sent(
+    work: Work, gradients: GradientsConfig, engine: EngineName, precision: Precision, ranks: int, apart: bool
+) -> float:
+    """The bytes of a step, `apart` with a gradient for each task; every task counts as reaching all that is shared."""
+    own = work.trained - work.shared  # heads; each task reaches its own
+    computed = 2 if precision != "fp32" else FLOAT_BYTES
+    # Forward passes gather all weights, backward passes those of the layers.
+    gathered = work.micro_batches * computed * (work.parameters + work.layers)
+    match engine:
+        case "ddp":
+            passed_on: float = 2 * FLOAT_BYTES * work.trained
+            if apart:
+                rows = work.tasks * _row(work, gradients)
+                scattered = _scatters(gradients, ranks)
+                passed_on = (rows + FLOAT_BYTES * work.shared if scattered else 2 * rows) + 2 * FLOAT_BYTES * own
+        case "zero1":  # which averages with every task, as the comment on `sums` in zero.py says
+            passed_on = computed * (2 * (work.tasks * work.shared + own) + work.trained)
+        case "zero2":
+            visits = work.micro_batches / work.tasks
+            passed_on = computed * (2 * visits * (work.tasks * work.shared + own) + work.trained)
+        case "zero3":
+            visits = work.micro_batches / work.tasks
+            passed_on = gathered + computed * visits * (work.tasks * work.shared + own)
+        case "fsdp2":
+            averaged = work.tasks * work.shared + own if apart else work.trained
+            passed_on = gathered + FLOAT_BYTES * averaged
+    return (ranks - 1) / ranks * passed_on

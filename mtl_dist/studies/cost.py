@@ -22,6 +22,7 @@ class Work:
     layers: int  # of the encoder's layers, likewise
     trained: int
     shared: int  # trained, and of the encoder
+    row: int  # the same as a row of surgery holds them, each tensor filled up to whole chunks
     tasks: int  # of a step
     micro_batches: float  # of a step, on each rank
 
@@ -55,13 +56,20 @@ def cost_of(work: Work, gradients: GradientsConfig, engine: EngineName, precisio
     rows = work.tasks * row // ranks if apart else 0
     match engine:
         case "ddp":
-            held = whole
+            held, buckets = whole, 0
             if apart:
-                held += whole if ranks > 1 else 0  # DDP's own buckets, which its plain steps average in
+                scatters = _scatters(gradients, ranks)
+                # In fp32 the combination takes the place of a row.
+                combined = FLOAT_BYTES * work.row if gradients.buffer_dtype == "bf16" else 0
+                held = FLOAT_BYTES * (work.trained - work.shared) + combined + (combined // ranks if scatters else 0)
+                # DDP's own, for what it averages itself; surgery averages heads in one piece.
+                buckets = FLOAT_BYTES * (work.trained - work.shared)
+                if not gradients.always_apart:
+                    held, buckets = max(held, whole), whole
                 rows = work.tasks * row
-                if _scatters(gradients, ranks):
-                    held += FLOAT_BYTES * work.shared // ranks  # of the combination, before it is gathered
+                if scatters:
                     rows = rows // ranks + 2 * row  # one is filled while the other is on its way
+            held += buckets if ranks > 1 else 0
         case "zero1":
             weights = computed * work.parameters + share
             # Every gradient is whole until it is averaged; the sum of a plain step is kept in a row.
@@ -82,7 +90,7 @@ def cost_of(work: Work, gradients: GradientsConfig, engine: EngineName, precisio
 
 
 def _row(work: Work, gradients: GradientsConfig) -> int:
-    return (2 if gradients.buffer_dtype == "bf16" else FLOAT_BYTES) * work.shared
+    return (2 if gradients.buffer_dtype == "bf16" else FLOAT_BYTES) * work.row
 
 
 def _scatters(gradients: GradientsConfig, ranks: int) -> bool:
@@ -103,7 +111,7 @@ def _sent(
             if apart:
                 rows = work.tasks * _row(work, gradients)
                 scattered = _scatters(gradients, ranks)
-                passed_on = (rows + FLOAT_BYTES * work.shared if scattered else 2 * rows) + 2 * FLOAT_BYTES * own
+                passed_on = (rows + FLOAT_BYTES * work.row if scattered else 2 * rows) + 2 * FLOAT_BYTES * own
         case "zero1":  # which averages with every task, as the comment on `sums` in zero.py says
             passed_on = computed * (2 * (work.tasks * work.shared + own) + work.trained)
         case "zero2":

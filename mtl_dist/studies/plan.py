@@ -24,6 +24,7 @@ from mtl_dist.data.mixer import Explicit, Order, SampledOrder
 from mtl_dist.distributed import ENGINES, EngineName, Precision
 from mtl_dist.experiment import Experiment, LogConfig, StageConfig
 from mtl_dist.studies.cost import StageCost, Work, cost_of
+from mtl_dist.surgery.rows import row_length
 from mtl_dist.training.folder import Splits
 from mtl_dist.training.loop import train
 from mtl_dist.training.setup import build_model, stage_optimizer
@@ -96,6 +97,7 @@ def plan(
             layers=_elements(model.encoder.layers),
             trained=trained,
             shared=_elements(model.encoder, trained=True),
+            row=row_length(p.numel() for p in model.encoder.parameters() if p.requires_grad),
             tasks=stage.mixer.most_tasks(len(stage.tasks)),
             micro_batches=draws_per_step * stage.gradients.accumulation,
         )

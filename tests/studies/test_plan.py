@@ -87,7 +87,7 @@ def test_every_stage_and_their_sums(tiny: Path) -> None:
     assert plan.stages[1].tokens == pytest.approx(16 * 9 * mean_tokens(tiny.parent)["same"])
     assert plan.tokens == plan.stages[0].tokens + plan.stages[1].tokens
     assert [stage.trained_parameters for stage in plan.stages] == [ENCODER + HEADS, HEADS, ENCODER + HEADS]
-    work = Work(ENCODER + HEADS, 2 * 8544, HEADS, shared=0, tasks=1, micro_batches=1)
+    work = Work(ENCODER + HEADS, 2 * 8544, HEADS, shared=0, row=0, tasks=1, micro_batches=1)
     assert plan.stages[1].cost == cost_of(work, GradientsConfig(), "ddp", "fp32", 4)
     assert list(plan.stages[1].tasks) == ["same"]
     assert plan.stages[2].tasks["mood"].probability == (0, 0)

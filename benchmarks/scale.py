@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -56,6 +55,7 @@ from mtl_dist.model.encoder import Encoder, Shape
 from mtl_dist.studies.cost import Work, cost_of
 from mtl_dist.surgery import Surgery
 from mtl_dist.surgery.ddp import reduce_scatter as reduce_scatter_of
+from mtl_dist.surgery.rows import row_length
 from mtl_dist.training import loop
 from tests.conftest import WORDS, write_experiment
 from tests.distributed import on_ranks
@@ -154,11 +154,10 @@ def see(world: int, shape: dict[str, int], overrides: list[str]) -> dict[str, An
         start = time.perf_counter()
         loop.train(experiment)
         gradients = experiment.gradients
-    elements = Counter()
-    for name, parameter in trainers[0].engine.module.named_parameters():
-        elements["all"] += parameter.numel()
-        elements["shared"] += parameter.numel() * name.startswith("encoder.")
-    work = Work(elements["all"], 0, elements["all"], elements["shared"], len(TASKS), len(TASKS))
+    sizes = {name: parameter.numel() for name, parameter in trainers[0].engine.module.named_parameters()}
+    shared = [size for name, size in sizes.items() if name.startswith("encoder.")]
+    everything = sum(sizes.values())
+    work = Work(everything, 0, everything, sum(shared), row_length(shared), len(TASKS), len(TASKS))
     planned = cost_of(work, gradients, "ddp", "fp32", world)
     return {
         **found,

@@ -9,7 +9,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -76,6 +76,7 @@ class Plan:
     tokens: float
     stages: list[StagePlan]
     seconds: float | None = None
+    verdict: list[str] = field(default_factory=list)  # on the tasks' gradients, where the timed steps keep them apart
 
 
 def plan(
@@ -146,6 +147,7 @@ def measure(config: Experiment, plan: Plan) -> Plan:
     All ranks must call it, and instead of `train`: a process can join the others only once. The first one gets times.
     """
     times: dict[str, list[float]] = defaultdict(list)
+    verdict: list[str] = []
     if plan.steps:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
             train(timed_run(config, plan, Path(folder)))
@@ -154,6 +156,8 @@ def measure(config: Experiment, plan: Plan) -> Plan:
             for record in map(json.loads, (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()):
                 if record["kind"] == "train":
                     times[record["stage"]].append(record["seconds_per_step"])
+                elif record["kind"] == "gradients":
+                    verdict = record["verdict"]
 
     def timed(stage: StagePlan) -> StagePlan:
         if not stage.steps:
@@ -163,7 +167,8 @@ def measure(config: Experiment, plan: Plan) -> Plan:
         return replace(stage, seconds_per_step=per_step, tokens_per_second=stage.tokens / seconds, seconds=seconds)
 
     stages = [timed(stage) for stage in plan.stages]
-    return replace(plan, stages=stages, seconds=sum(stage.seconds or 0.0 for stage in stages))
+    seconds = sum(stage.seconds or 0.0 for stage in stages)
+    return replace(plan, stages=stages, seconds=seconds, verdict=verdict)
 
 
 def timed_run(config: Experiment, plan: Plan, folder: Path) -> Experiment:
@@ -230,6 +235,7 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
         yield ""
         yield table
         yield "measured here; evaluations come on top"
+        yield from plan.verdict
 
 
 def _duration(seconds: float | None) -> str:

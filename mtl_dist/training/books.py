@@ -484,6 +484,14 @@ class Books:
         with trainer.engine.whole() as whole:
             self.judge.evaluate(whole, trainer.stage.name, self.run.done)
 
+    def verdict(self) -> list[str]:
+        """What the run says of its tasks' gradients, noise apart; it becomes a record as well."""
+        noise = self.meter.noise_of_run
+        lines = list(noise.verdict())
+        if self.recorder and (summary := noise.summary()) is not None:
+            self.recorder.record(self.run.done, "gradients", {"verdict": lines, **summary})
+        return lines
+
     def close(self) -> None:
         """Writes out what is still in memory."""
         if self.recorder:

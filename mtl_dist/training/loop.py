@@ -171,6 +171,7 @@ def finish(run: Run, books: Books, saver: Saver, stop: signal.Signals | None) ->
     judge, screen, config = books.judge, books.screen, run.config
     if judge.unsaved and not stop:
         raise UserError(judge.unsaved)
+    verdict = [] if stop else books.verdict()
     books.close()
     if stop:
         screen.line(f"{stop.name}: saved after step {run.done:,} of {run.total_steps:,}; go on with --resume auto")
@@ -182,7 +183,7 @@ def finish(run: Run, books: Books, saver: Saver, stop: signal.Signals | None) ->
         screen.console.print(score_table(judge.best, metrics))
         screen.line(f"best of {run.total_steps} steps was {judge.best['step']}, by {config.evaluate.best_by}")
         screen.line(f"run folder   {config.output_dir}\nbest model   {config.output_dir / BEST}")
-        for line in books.meter.noise_of_run.verdict():
+        for line in verdict:
             screen.line(f"gradients    {line}")
         if config.log.tensorboard:
             screen.line(f"TensorBoard  tensorboard --logdir {config.output_dir / TENSORBOARD}")

@@ -5,6 +5,7 @@ pytest tests/surgery/test_noise.py
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mtl_dist.cli import main
 from mtl_dist.surgery.noise import Noise, sample
 from mtl_dist.surgery.surgery import Surgery
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD
-from tests.trained import run
+from tests.trained import go_on_until, run
 
 WIDTH = 300
 # The true gradients at zero, up to the sign: a and b conflict, c agrees with neither.
@@ -171,3 +173,25 @@ def test_runs_tell_of_it(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None
         if record["kind"] == "train":
             assert record["noise"]["scale"].keys() == {"mood", "same"}  # a batch of one row has no parts
     assert "gradients    mood-same cosine " in capsys.readouterr().out
+    (last,) = [record for record in records if record["kind"] == "gradients"]
+    assert last["scale"].keys() == {"mood", "same"} and last["verdict"][0].startswith("mood-same cosine ")
+
+
+def test_a_plan_tells_of_it(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", str(tiny), *LAST, PCGRAD, "gradients.accumulation=2", "--measure"])
+    assert "\nmood-same cosine " in capsys.readouterr().out
+
+
+def test_a_resumed_run_tells_of_all_its_steps(tiny: Path) -> None:
+    overrides = [*LAST, PCGRAD, "gradients.accumulation=2", "steps=8", "log.every_steps=3"]
+
+    def told() -> Any:
+        records = [json.loads(line) for line in (tiny.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+        return [(record["step"], record.get("noise", record.get("verdict"))) for record in records]
+
+    run(tiny, *overrides)
+    expected = told()
+    shutil.rmtree(tiny.parent / "run")
+    go_on_until(4, "ddp", tiny, *overrides)
+    go_on_until(None, "ddp", tiny, *overrides)
+    assert told() == expected

@@ -96,7 +96,13 @@ BERT = "encoder.shape={hidden_size: 24, num_hidden_layers: 12, num_attention_hea
 
 @pytest.mark.parametrize(
     ("world", "overrides", "most"),
-    [(1, [], 40), (8, [], 50), (8, ["gradients.reduce=reduce_scatter"], 50), (1, ["gradients.scope=layers"], 80)],
+    [
+        (1, [], 30),
+        (8, [], 60),
+        (8, ["gradients.reduce=reduce_scatter"], 60),
+        (8, ["gradients.buffer_dtype=bf16"], 60),
+        (1, ["gradients.scope=layers"], 80),
+    ],
 )
 def test_surgery_on_twelve_layers_takes_few_kernels(tiny: Path, world: int, overrides: list[str], most: int) -> None:
     (seen,) = on_ranks(1, dry, world, tiny, *BF16, BERT, PCGRAD, *overrides)

@@ -118,9 +118,16 @@ class Replicated(Rows):
             give(flat_P, self.shared, self.slices)
         yield
         if not self.pointed:
-            for parameter, stretch in zip(self.shared, stretches(flat_P, self.shared, self.slices), strict=True):
-                if parameter.grad is not None:
-                    stretch.add_(parameter.grad)
+            found = [
+                (stretch, parameter.grad)
+                for parameter, stretch in zip(self.shared, stretches(flat_P, self.shared, self.slices), strict=True)
+                if parameter.grad is not None
+            ]
+            into, gradients = [stretch for stretch, _ in found], [gradient for _, gradient in found]
+            if found and k in self.open:
+                torch._foreach_add_(into, gradients)
+            elif found:  # they are zero; to copy, other than to add, takes one kernel whatever the precisions
+                torch._foreach_copy_(into, gradients)
         for parameter in self.shared:
             parameter.grad = None
         self._take_own(k)

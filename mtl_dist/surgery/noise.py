@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,21 +27,24 @@ class Sample:
     inner: dict[str, float]  # product of two tasks' true gradients, by pair in the order of the alphabet: "sst.sts"
 
 
-def sample(
-    tasks: list[str], gram_KK: np.ndarray[Any, Any], parts: Mapping[str, tuple[float, float, float, float]]
-) -> Sample | None:
-    """What the inner products of a step's gradients say, with the squared lengths of parts of their batches.
+class Parts(NamedTuple):
+    """Some parts of a task's batch, all of its ranks' or one: their numbers added up."""
 
-    Of each task: the rows of its batch; the squared lengths of some parts' contributions to its gradient, added up;
-    the shares of its rows that these parts have, added up; and the squares of these shares.
-    """
+    rows: float  # of the whole batch
+    squares: float  # squared lengths of what they contributed to the batch's gradient
+    shares: float  # of the rows
+    square_shares: float
+
+
+def sample(tasks: list[str], gram_KK: np.ndarray[Any, Any], parts: Mapping[str, Parts]) -> Sample | None:
+    """What the inner products of a step's gradients say, with parts of the batches of some tasks."""
     rows, signal, noise = {}, {}, {}
     for k, task in enumerate(tasks):
-        if task in parts and parts[task][2] > parts[task][3]:
-            number, squares, share, square_share = parts[task]
+        if (of := parts.get(task)) and of.shares > of.square_shares:
             whole = gram_KK[k, k].item()
-            rows[task] = number
-            signal[task] = (share * whole - squares) / (share - square_share)
+            rows[task] = of.rows
+            # A part of share s has s^2 of the true gradient's squared length, and s of the noise's.
+            signal[task] = (of.shares * whole - of.squares) / (of.shares - of.square_shares)
             noise[task] = whole - signal[task]
     if not all(map(math.isfinite, signal.values())):  # fp16 may have overflowed
         return None

@@ -29,7 +29,7 @@ from mtl_dist.config import Config, Pattern, UserError, made
 from mtl_dist.surgery.combiners import AnyCombiner, GramCombiner, LossCombiner, Sum
 from mtl_dist.surgery.conflict import Conflict, conflict
 from mtl_dist.surgery.ddp import Replicated, Scattered
-from mtl_dist.surgery.noise import Sample, sample
+from mtl_dist.surgery.noise import Parts, Sample, sample
 from mtl_dist.surgery.rows import Coming, Rows, on_device
 from mtl_dist.surgery.zero import Partitioned
 
@@ -414,16 +414,10 @@ class Surgery:
         grams_SKK = grams.view(-1, K, K) / self.loss_scale**2
         if self.apart:
             whole_K = sizes_K if rows.world > 1 else torch.tensor([sum(each) for each in here])
-            of_parts = zip(
-                whole_K.tolist(),
-                (squares_K / self.loss_scale**2).tolist(),
-                (sizes_K / whole_K).tolist(),
-                (sizes2_K / whole_K**2).tolist(),
-                strict=True,
+            parts_K4 = torch.stack(
+                [whole_K, squares_K / self.loss_scale**2, sizes_K / whole_K, sizes2_K / whole_K**2], dim=1
             )
-            parts = {
-                task: each for k, (task, each) in enumerate(zip(tasks, of_parts, strict=True)) if k in rows.squares
-            }
+            parts = {tasks[k]: Parts(*parts_K4[k].tolist()) for k in rows.squares}
             self.noise = sample(tasks, grams_SKK.sum(0).numpy(), parts)
         parameters = list(self.places)
         reached: dict[str, Set[nn.Parameter]] = {

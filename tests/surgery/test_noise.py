@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtl_dist.cli import main
-from mtl_dist.surgery.noise import Noise, sample
+from mtl_dist.surgery.noise import Noise, Parts, sample
 from mtl_dist.surgery.surgery import Surgery
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD
@@ -121,7 +121,7 @@ def test_the_error_of_a_cosine_is_what_it_varies_by() -> None:
             whole_KD = parts_2KD.mean(0)
             squares_K = (parts_2KD**2 / 4).sum((0, 2))
             found = sample(
-                ["a", "b"], whole_KD @ whole_KD.T, {t: (8, squares_K[k], 1, 0.5) for k, t in enumerate("ab")}
+                ["a", "b"], whole_KD @ whole_KD.T, {t: Parts(8, squares_K[k], 1, 0.5) for k, t in enumerate("ab")}
             )
             assert found is not None
             noise.add(found)
@@ -138,7 +138,10 @@ def known(cosine: float, signal: float, noise: float, steps: int = 100, spread: 
     rng, found = np.random.default_rng(0), Noise()
     for _ in range(steps):
         gram = np.array([[1.0 + noise, cosine], [cosine, signal + noise]]) + spread * rng.standard_normal((2, 2))
-        parts = {"sst": (32.0, (1 + 2 * noise) / 2, 1.0, 0.5), "sts": (32.0, (signal + 2 * noise) / 2, 1.0, 0.5)}
+        parts = {
+            "sst": Parts(32.0, (1 + 2 * noise) / 2, 1.0, 0.5),
+            "sts": Parts(32.0, (signal + 2 * noise) / 2, 1.0, 0.5),
+        }
         one = sample(["sst", "sts"], gram, parts)
         assert one is not None
         found.add(one)

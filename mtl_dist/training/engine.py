@@ -76,7 +76,6 @@ class Engine(ABC, Generic[M]):
         elif optimizer.param_groups[0].get("fused"):  # decides on the device
             optimizer.found_inf = norm.isfinite().logical_not().float()
             self.optimizer.step()
-            del optimizer.found_inf
         elif norm.isfinite():
             self.optimizer.step()
 

@@ -7,7 +7,6 @@ On a CPU the sizes are small, and the numbers say only that the script runs.
 """
 
 import json
-import math
 import platform
 import statistics
 import sys
@@ -41,6 +40,7 @@ VOCABULARY = 30522
 # Dense bf16, in FLOP/s, of the data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 TASKS = ("nli", "sts", "qqp")
+LAST = 30  # lines of a log
 
 
 def milliseconds(work: Callable[[], object], repetitions: int = 10 if ON_GPU else 3) -> float:
@@ -194,8 +194,9 @@ def table(folder: Path) -> None:
     for file in sorted(folder.glob("*.rc")):
         code, seconds = file.read_text().split()
         lines = file.with_suffix(".log").read_text(errors="replace").splitlines()
-        said = next((line for line in reversed(lines) if line.startswith("{")), "{}")
-        answer = json.loads(said) if code == "0" else {}
+        said = [line for line in lines if line.startswith("{")]
+        # What no part of this file has said ends with what it found, or with why not.
+        answer = json.loads(said[-1]) if said else {f"line {i}": line for i, line in enumerate(lines[-LAST:], 1)}
         parts[file.stem.split("-", 1)[1]] = {"exit code": int(code), "seconds": int(seconds), **answer}
     about = {"device": device, "GPUs": torch.cuda.device_count(), "torch": torch.__version__}
     (folder / "results.json").write_text(json.dumps({**about, "parts": parts}, indent=2) + "\n")
@@ -207,7 +208,7 @@ def table(folder: Path) -> None:
     ]
     for name, answers in parts.items():
         for key, value in answers.items():
-            number = f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else value
+            number = f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
             shown.append(f"| {name} | {key} | {number} |")
             name = ""
     (folder / "table.md").write_text("\n".join(shown) + "\n")

@@ -254,9 +254,11 @@ def measured(world: int) -> dict[str, float]:
         surgery.rows.sums = True  # every task reaches all there is
         works[name] = partial(step, model, surgery)
         if name == "all_reduce":
-            weights_SK = torch.ones(len(surgery.names), len(TASKS))
-            works["inner products"] = surgery.rows.grams
-            works["combination"] = partial(surgery.rows.combined, weights_SK)
+            weights_GK = torch.ones(len(surgery.groups) + 1, len(TASKS))
+            rows = surgery.rows
+            works["square"] = lambda rows=rows: rows._square(rows.rows[0]) if world > 1 else None
+            works["inner products"] = rows.grams
+            works["combination"] = partial(rows.combined, weights_GK, surgery.group_of_S)
     part = torch.zeros(-(-sum(parameter.numel() for parameter in model.parameters()) // world))
     whole = torch.zeros(len(part) * world)
     if world > 1:
@@ -287,8 +289,18 @@ def check() -> None:
         small_s = found.get("small", 0.0)
         by_reducing = Link(world, 2 * passed_on / reduce_s or 1.0, hop_s=0.0, small_s=small_s)
         by_scattering = Link(world, passed_on / scatter_s or 1.0, hop_s=0.0, small_s=small_s)
-        combine_s = found["inner products"] + found["combination"]
-        parts = Step(found["size"], len(TASKS), 1, found["compute"], 0.0, combine_s, 0.0, 0.0, 0.0)
+        parts = Step(
+            size=found["size"],
+            tasks=len(TASKS),
+            micro_batches=1,
+            compute_s=found["compute"],
+            optimizer_s=0.0,
+            row_s=found["square"],
+            products_s=world * found["inner products"],  # each rank forms its share
+            combine_s=found["combination"],
+            operations_s=0.0,
+            pass_s=0.0,
+        )
         rings = {"plain": by_reducing, "all_reduce": by_reducing, "reduce_scatter": by_scattering}
         for name in CASES if world > 1 else ("plain", "all_reduce"):
             model, ring = MODELS[name], rings[name]

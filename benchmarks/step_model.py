@@ -13,16 +13,14 @@ from math import log2
 PEAK_FLOPS, REACHED_FLOPS = 989e12, 0.4  # bf16, dense
 MEMORY, REACHED_MEMORY = 3.35e12, 0.8  # bytes per second
 KERNEL_S = 6e-6  # of the host, for each operation of torch in eager mode
-# Of these, the combination of whole rows of BERT-base takes 660 for each task and three more, as scale.py counts them:
-# each tensor goes in pieces. Of a rank's part it takes 260 and its share; where all tensors are split, a piece of each.
-CHUNKS, FEW, TENSORS = 660, 260, 199
+OPERATIONS = 60  # that surgery starts in a step, at most, as scale.py and tests/test_cuda_dry.py count them
 # Of networks, in bytes per second and one way: of a GPU's NVLink; out of a node of eight.
 NODE = 8
 NVLINK = 450e9
 NETWORKS = {"InfiniBand NDR, 50 GB/s per GPU": 8 * 50e9, "Ethernet, 100 Gb/s per node": 12.5e9}
 REACHED_NETWORK = 0.8
 HOP_S = 5e-6
-SMALL, SMALL_S = 4, 60e-6  # collectives of a few numbers in a step with surgery, each of which the host waits for
+SMALL, SMALL_S = 2, 60e-6  # collectives of a few numbers in a step with surgery, each of which the host waits for
 BUCKET = 25 * 2**20  # of DDP; the last one has no backward pass left to run beside
 SKETCH = 2**16  # numbers of a task's sketch
 
@@ -66,15 +64,20 @@ class Step:
     micro_batches: int  # of each task
     compute_s: float  # forward and backward of a micro-batch, two thirds of it backward
     optimizer_s: float
-    combine_s: float  # inner products and weighted sum of whole rows
-    of_part_s: float  # the same of a rank's part, besides its share
-    of_shards_s: float  # the same where each tensor is split, at least
+    row_s: float  # to clear a row, and to form its square on several ranks
+    products_s: float  # of all rows; each rank forms those of its share
+    combine_s: float  # the weighted sum of whole rows
+    operations_s: float  # to start all that
     pass_s: float  # to read a gradient once
 
     @property
     def of_task_s(self) -> float:
         """The compute of a task."""
         return self.micro_batches * self.compute_s
+
+    def combined_s(self, held: int, ranks: int) -> float:
+        """Inner products and sum, where a rank holds one part of so many of each row."""
+        return max(self.products_s / ranks + self.combine_s / held, self.operations_s)
 
     @property
     def backward_s(self) -> float:
@@ -86,7 +89,7 @@ class Step:
         return self.tasks * self.of_task_s + self.optimizer_s
 
 
-def bert_base(tokens: int, tasks: int = 3, micro_batches: int = 1, chunks: int = CHUNKS) -> Step:
+def bert_base(tokens: int, tasks: int = 3, micro_batches: int = 1) -> Step:
     """A step on an H100, with so many tokens in a micro-batch."""
     parameters = 109.5e6
     read = 4 * parameters / (REACHED_MEMORY * MEMORY)
@@ -96,10 +99,10 @@ def bert_base(tokens: int, tasks: int = 3, micro_batches: int = 1, chunks: int =
         micro_batches=micro_batches,
         compute_s=6 * parameters * tokens / (REACHED_FLOPS * PEAK_FLOPS),
         optimizer_s=7 * read,  # weights, two moments read and written, the gradient read
-        # The rows to fp64 (3), the products (2), the sum (3) and its zero; or as fast as the host starts kernels.
-        combine_s=max((8 * tasks + 1) * read, chunks * (tasks + 3) * KERNEL_S),
-        of_part_s=FEW * KERNEL_S,
-        of_shards_s=TENSORS * (tasks + 3) * KERNEL_S,
+        row_s=2 * read,
+        products_s=tasks * read,
+        combine_s=(2 + 3 * (tasks - 1)) * read,  # each addition reads two rows and writes one
+        operations_s=OPERATIONS * KERNEL_S,
         pass_s=read,
     )
 
@@ -116,18 +119,18 @@ def all_reduce(step: Step, link: Link, row: float = 1.0) -> float:
     """Every row is reduced while the next task computes; `row` is its share of fp32's bytes."""
     now = done = 0.0
     for _ in range(step.tasks):
-        now += step.of_task_s
+        now += step.of_task_s + step.row_s
         done = max(done, now) + link.reduce(row * step.size)
-    return done + step.combine_s + link.agree() + step.optimizer_s
+    return done + step.combined_s(1, link.ranks) + link.agree() + step.optimizer_s
 
 
 def reduce_scatter(step: Step, link: Link, row: float = 1.0) -> float:
     """Every row is scattered while the next task computes, two at a time at most; the combination is gathered."""
     now, landed = 0.0, [0.0, 0.0]
     for _ in range(step.tasks):
-        now = max(now, landed[-2]) + step.of_task_s
+        now = max(now, landed[-2]) + step.of_task_s + step.row_s
         landed.append(max(landed[-1], now) + link.scatter(row * step.size))
-    combined = step.combine_s / link.ranks + step.of_part_s + link.agree()
+    combined = step.combined_s(link.ranks, link.ranks) + link.agree()
     return landed[-1] + combined + link.scatter(step.size) + step.optimizer_s
 
 
@@ -146,7 +149,8 @@ def zero2(step: Step, link: Link, surgery: bool = True) -> float:
     """ZeRO-2 in bf16: an all-reduce of each micro-batch beside its backward pass, and the weights gathered at last."""
     visits = step.tasks * step.micro_batches
     waits = max(link.reduce(min(2 * 32e6, step.size / 2)), link.reduce(step.size / 2) - step.backward_s)
-    combined = (step.combine_s + 3 * step.tasks * step.pass_s) / link.ranks + step.of_part_s if surgery else 0.0
+    filled = 3 * step.tasks * step.pass_s / link.ranks
+    combined = filled + step.combined_s(link.ranks, link.ranks) if surgery else 0.0
     stepped = step.optimizer_s / link.ranks + link.scatter(step.size / 2)
     agreed = link.agree() if surgery else 0.0
     return visits * (step.compute_s + (waits if link.ranks > 1 else 0.0)) + combined + agreed + stepped
@@ -160,6 +164,7 @@ def fsdp2(step: Step, link: Link, surgery: bool = True, layers: int = 12) -> flo
     scattered = forward + max(step.backward_s, gathers + link.scatter(step.size))
     edges = 2 * link.scatter(step.size / layers)  # the first layer's gathering, and the last one's gradient
     visits, averaged = step.tasks * step.micro_batches, step.tasks if surgery else 1
-    combined = max((step.combine_s + 3 * step.tasks * step.pass_s) / link.ranks, step.of_shards_s) if surgery else 0.0
+    filled = 3 * step.tasks * step.pass_s / link.ranks
+    combined = filled + step.combined_s(link.ranks, link.ranks) if surgery else 0.0
     total = (visits - averaged) * alone + averaged * scattered + visits * edges
     return total + combined + (link.agree() if surgery else 0.0) + step.optimizer_s / link.ranks

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtl_dist.config import UserError
-from mtl_dist.surgery.rows import CHUNK, Parameters, Rows
+from mtl_dist.surgery.rows import CHUNK, Parameters, Rows, add
 
 # Their names from torch 2.13 on, and before.
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -124,8 +124,8 @@ class Replicated(Rows):
                 if parameter.grad is not None
             ]
             into, gradients = [stretch for stretch, _ in found], [gradient for _, gradient in found]
-            if found and k in self.open:
-                torch._foreach_add_(into, gradients)
+            if k in self.open:
+                add(into, gradients)
             elif found:  # they are zero; to copy, other than to add, takes one kernel whatever the precisions
                 torch._foreach_copy_(into, gradients)
         for parameter in self.shared:

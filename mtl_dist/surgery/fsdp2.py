@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from mtl_dist.config import UserError
-from mtl_dist.surgery.rows import Parameters, Rows
+from mtl_dist.surgery.rows import Parameters, Rows, add
 
 
 class Sharded(Rows):
@@ -68,11 +68,16 @@ class Sharded(Rows):
         """Around the backward passes of a visit of a task."""
         k, _ = self._visit(task)
         yield
-        for parameter, columns in zip(self.shared, self.slices, strict=True):
-            if parameter.grad is not None:
-                self.rows[k][columns].add_(local(parameter.grad).reshape(-1))
-                parameter.grad = None
-        self._take_own(k)
+        found = [
+            (self.rows[k][columns], local(parameter.grad).reshape(-1))
+            for parameter, columns in zip(self.shared, self.slices, strict=True)
+            if parameter.grad is not None
+        ]
+        add([into for into, _ in found], [gradient for _, gradient in found])
+        # Copied: what FSDP2 gives is a piece of all that it has just scattered, embeddings as well.
+        own = [(parameter, parameter.grad.clone()) for parameter in self.rest if parameter.grad is not None]
+        self._keep_own(k, own)
+        self._clear()
 
     def deposit(self, weights_GK: Tensor | None, group_of_S: Sequence[int], reached: Set[nn.Parameter]) -> None:
         """Makes the combination of the rows, and the sum of what is not combined, the gradients of the parameters."""

@@ -336,6 +336,12 @@ class Rows(ABC):
         """Hears what the step reached on any rank, before anything is deposited."""
 
 
+def add(into: list[Tensor], gradients: list[Tensor]) -> None:
+    """Adds tensors to others, all at once."""
+    if into:
+        torch._foreach_add_(into, gradients)
+
+
 def row_length(sizes: Iterable[int]) -> int:
     """The elements of a row for parameters of these sizes."""
     return CHUNK * sum(-(-size // CHUNK) for size in sizes)

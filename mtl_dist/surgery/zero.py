@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtl_dist.config import UserError
-from mtl_dist.surgery.rows import Parameters, Rows
+from mtl_dist.surgery.rows import Parameters, Rows, add
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,12 @@ class Partitioned(Rows):
         forget(self.zero)
         yield
         parts = averaged_parts(self.zero)
-        for parameter, columns in zip(self.shared, self.slices, strict=True):
-            if parameter in parts:
-                self.rows[k][columns].add_(parts[parameter].reshape(-1)[: columns.stop - columns.start])
+        found = [
+            (self.rows[k][columns], parts[parameter].reshape(-1)[: columns.stop - columns.start])
+            for parameter, columns in zip(self.shared, self.slices, strict=True)
+            if parameter in parts
+        ]
+        add([into for into, _ in found], [gradient for _, gradient in found])
         self._keep_own(k, [(parameter, parts[parameter].clone()) for parameter in self.rest if parameter in parts])
 
     def settle(self, reached: Set[nn.Parameter]) -> None:

@@ -167,6 +167,7 @@ def deepspeed() -> ModuleType:
 @pytest.mark.parametrize("stage", ZERO)
 def test_deepspeed_accepts_the_file(stage: int, deepspeed: ModuleType) -> None:
     from deepspeed.runtime import constants
+    from deepspeed.utils.config import TIMERS
 
     file = ROOT / "ds_configs" / f"zero{stage}.json"
     config = deepspeed.DeepSpeedConfig(str(file))
@@ -182,7 +183,8 @@ def test_deepspeed_accepts_the_file(stage: int, deepspeed: ModuleType) -> None:
 
     # It refuses unknown keys inside zero_optimization and bf16 only.
     content = json.loads(file.read_text())
-    known = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization"}
+    known = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization", TIMERS}
+    assert not config.timers_config.enabled
     assert content.keys() | content.get("data_types", {}).keys() <= known
     assert "auto" not in file.read_text()
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SURE = 2.0  # standard errors from which on something counts as real
+ENOUGH = 10  # steps for a verdict: the errors of fewer are guesses
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ class Noise:
     """The samples of some steps, added up."""
 
     def __init__(self) -> None:
-        self.tasks: dict[str, list[float]] = {}  # steps, and the sums of rows, signal and noise
+        self.tasks: dict[str, list[float]] = {}  # steps, and the sums of rows, noise, signal and the signal's square
         # Of each pair: steps, the sums of (product, signal, signal), and of the products of these three.
         self.pairs: dict[str, list[float]] = {}
 
     def add(self, found: Sample) -> None:
         """Adds a step."""
         for task, signal in found.signal.items():
-            _add(self.tasks, task, [1.0, found.rows[task], signal, found.noise[task]])
+            _add(self.tasks, task, [1.0, found.rows[task], found.noise[task], signal, signal**2])
         for first, second in combinations(sorted(found.rows), 2):
             pair = f"{first}.{second}"
             three = np.array([found.inner[pair], found.signal[first], found.signal[second]])
@@ -81,8 +82,15 @@ class Noise:
 
     def scale(self, task: str) -> float:
         """The gradient noise scale: the rows of a batch whose noise is as long as the true gradient."""
-        steps, rows, signal, noise = self.tasks[task]
+        steps, rows, noise, signal, _ = self.tasks[task]
         return rows / steps * max(noise, 0.0) / signal if signal > 0 else math.inf
+
+    def shortage(self, task: str) -> float:
+        """How many times a batch is at least smaller than its task's noise scale."""
+        steps, _, noise, *sums = self.tasks[task]
+        signal, square = sums[0] / steps, sums[1] / steps
+        error = math.sqrt(max(square - signal**2, 0.0) / max(steps - 1, 1))
+        return max(noise, 0.0) / steps / max(signal + SURE * error, 1e-300)
 
     def cosine(self, pair: str) -> tuple[float, float] | None:
         """The cosine of two tasks' true gradients, and its standard error; None where they cannot be told from zero."""
@@ -113,7 +121,7 @@ class Noise:
 
     def verdict(self) -> Iterator[str]:
         """What a person should know at the end of a run, a line each."""
-        known = {pair: self.cosine(pair) for pair in self.pairs}
+        known = {pair: self.cosine(pair) for pair, sums in self.pairs.items() if sums[0] >= ENOUGH}
         told = {pair: f"{pair.replace('.', '-')} {_cosine(found)}" for pair, found in known.items()}
         real = [pair for pair, found in known.items() if found is not None and found[0] < -SURE * found[1]]
         if len(known) <= 6:
@@ -122,10 +130,13 @@ class Noise:
             some = f": {', '.join(told[pair] for pair in real[:6])}{', ...' * (len(real) > 6)}" if real else ""
             yield f"{len(real)} of {len(known)} pairs of tasks conflict by more than {SURE:g} standard errors{some}"
         for task, (steps, rows, *_) in self.tasks.items():
-            times = self.scale(task) / (rows / steps)
-            if times >= 2:
-                less = f"{times:,.0f} times smaller than its noise scale" if math.isfinite(times) else "all noise"
-                yield f"batch of {task} is {less}: more rows a step help it more than surgery would"
+            if steps >= ENOUGH and self.shortage(task) >= 2:
+                times = self.scale(task) / (rows / steps)
+                by = f"{times:,.0f} times" if math.isfinite(times) else f"{self.shortage(task):,.0f} times or more"
+                yield (
+                    f"batch of {task} is {by} smaller than its noise scale: more rows a step help it more than "
+                    "surgery would"
+                )
 
 
 def _add(sums: dict[str, list[float]], name: str, values: list[float]) -> None:

@@ -125,8 +125,8 @@ def refused(function: Any, *arguments: Any) -> str:
 
 def test_the_run_ends_where_it_was_told_to_or_after_too_many(tiny: Path) -> None:
     stop = [*LAST, "gradients.nonfinite=stop"]
-    for message in on_ranks(2, refused, poisoned, "near", [2], "ddp", tiny, *stop):
-        assert message.startswith(f"step 2: the loss of task 'near' is no number at {tiny.parent}/near-train.tsv:")
+    for message in on_ranks(2, refused, poisoned, "same", [2], "ddp", tiny, *stop):
+        assert message.startswith(f"step 2: the loss of task 'same' is no number at {tiny.parent}/same-train.tsv:")
     assert [fault["step"] for fault in records(tiny, "fault")] == [2]
     always = list(range(4, 100))
     last = refused(poisoned, "mood", always, "ddp", tiny, *LAST, "steps=20", "gradients.most_nonfinite=5")

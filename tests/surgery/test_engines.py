@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mtl_dist.config import UserError
-from mtl_dist.surgery.rows import Rows, row_length
+from mtl_dist.surgery.rows import Rows
 from tests.distributed import on_ranks
 from tests.surgery.test_training import LAST, PCGRAD, last_records, written_out
 from tests.trained import ENGINES, far_apart, run, run_under
@@ -158,11 +158,22 @@ def rows_of_a_run(engine: str, config: Path, *overrides: str) -> dict[str, Any]:
         made[:] = [rows]
         start(rows)
 
-    with patch.object(Rows, "start", noted):
+    with (
+        patch.object(Rows, "start", noted),
+        # So small a model would be mostly what its tensors are filled up with.
+        patch("mtl_dist.surgery.rows.CHUNK", 8),
+        patch("mtl_dist.surgery.ddp.CHUNK", 8),
+    ):
         result = run_under(engine, config, *overrides)
     (rows,) = made
     tensors = [*rows.rows, *getattr(rows, "buffers", [])]
-    return result | {"bytes": sum(tensor.nbytes for tensor in tensors)}
+    own = [getattr(gradient, "_local_tensor", gradient) for each in rows.own for gradient in each.values()]
+    kept = {gradient.untyped_storage().data_ptr(): gradient.untyped_storage().nbytes() for gradient in own}
+    return result | {
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "own": sum(gradient.nbytes for gradient in own),
+        "kept for own": sum(kept.values()),
+    }
 
 
 @pytest.mark.parametrize(
@@ -179,13 +190,14 @@ def test_sixty_four_tasks_in_a_step(tiny: Path, engine: str, reduce: str) -> Non
     config = many_tasks(tiny, 64)
     overrides = ["log.tensorboard=false", PCGRAD, "steps=3", f"gradients.reduce={reduce or 'all_reduce'}"]
     expected = written_out(config, *overrides)
-    shared = 4 * row_length(p.numel() for name, p in expected.items() if name.startswith("encoder."))
+    shared = 4 * sum(p.numel() for name, p in expected.items() if name.startswith("encoder."))
     planned = 64 * shared
     if reduce != "all_reduce":
         planned = 64 * shared // 2 + (2 * shared if reduce else 0)
     ranks = on_ranks(2, rows_of_a_run, engine, config, *overrides)
     for rank in ranks:
         assert far_apart(rank["parameters"], expected) < 1e-6
+    assert all(rank["kept for own"] == rank["own"] for rank in ranks)  # and nothing else of what came with them
     # How much of it lies on which rank is the engine's choice.
     assert sum(rank["bytes"] for rank in ranks) == pytest.approx(2 * planned, rel=0.05)
 

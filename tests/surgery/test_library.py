@@ -614,12 +614,19 @@ def test_refused_on_one_process() -> None:
 
 
 def refused_on_ranks() -> list[str]:
-    loop, other = Loop("ddp"), Loop("ddp")
+    loop, other, knowing = Loop("ddp"), Loop("ddp"), Loop("ddp")
     mine = "nli" if loop.rank == 0 else "sts"
+
+    def step() -> None:
+        ours = knowing.surgery
+        with ours.step(0, [mine]), ours.task(mine, last=True), ours.micro_batch(last=True) as backward:
+            backward(knowing.losses(0, [mine], 0)[mine])
+
     found = [
         refusal(lambda: Surgery(Model(), shared="body")),
         refusal(lambda: loop.surgery.backward(loop.losses(0, [mine], 0))),
         refusal(lambda: other.surgery.backward(other.losses(0, [mine, "tags"][: 1 + loop.rank], 0))),
+        refusal(step),
         refusal(lambda: Surgery(DistributedDataParallel(Model(), static_graph=True), shared="body")),
     ]
     hooked = DistributedDataParallel(Model())
@@ -630,9 +637,10 @@ def refused_on_ranks() -> list[str]:
 
 def test_refused_on_ranks() -> None:
     for rank, found in enumerate(on_ranks(2, refused_on_ranks)):
-        unwrapped, differ, differ_in_number, static, hooked = found
+        unwrapped, differ, differ_in_number, differ_at_the_end, static, hooked = found
         assert unwrapped.startswith("the model is not wrapped for the 2 ranks that run; give it to accelerator.prepare")
         mine = ["nli", "sts"][rank]
+        assert differ == differ_at_the_end
         assert differ == (
             f"step 0: the ranks came with different tasks, this one with {mine}; draw the tasks alike on all ranks, in "
             "the same order"

@@ -40,15 +40,18 @@ def predict(
     rank, world = accelerator.process_index, accelerator.num_processes
     was_training = model.training
     model.eval()
-    predictions = np.full(len(split), np.nan)
+    rows, predicted = [], []
     for batch in eval_batches(name, split, np.arange(rank, len(split), world), max_tokens):
         on_batch()
         with autocast(accelerator):
             raw_NO = model(name, batch.packed.to(accelerator.device))
         # The largest of outputs that are NaN is no class, though argmax names one.
         numbers_N = raw_NO.isfinite().all(dim=1)
-        predicted_N = task.loss.predict(raw_NO, task.label).double().where(numbers_N, torch.nan)
-        predictions[batch.rows] = predicted_N.cpu().numpy()
+        rows.append(batch.rows)
+        predicted.append(task.loss.predict(raw_NO, task.label).double().where(numbers_N, torch.nan))
+    predictions = np.full(len(split), np.nan)
+    if rows:  # all at once: after each batch a GPU would be waited for
+        predictions[np.concatenate(rows)] = torch.cat(predicted).cpu().numpy()
     model.train(was_training)
     # Each rank fills in its own rows: none is counted twice, and a rank may have none at all.
     for other, theirs in enumerate(gather_object([predictions[rank::world]])):

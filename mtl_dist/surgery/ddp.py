@@ -159,7 +159,7 @@ class Replicated(Rows):
         """Begins to average a tensor over the ranks, or the row of task k."""
         if self.world > 1:
             row.div_(self.world)
-            if k is not None:
+            if k is not None and self.keeps_squares:
                 self.squares[k] = self._square(row)
             self.pending.append(dist.all_reduce(row, group=self.group, async_op=True))
 
@@ -245,10 +245,9 @@ class Scattered(Replicated):
     def _filled(self, k: int, flat_P: Tensor, last: bool) -> None:
         # Every visit is averaged by itself: only then a rank need not keep all columns.
         flat_P.div_(self.world)
-        if self.into_N is self.rows[k]:
+        self.squares.pop(k, None)  # which was not all of its part
+        if self.keeps_squares and self.into_N is self.rows[k]:
             self.squares[k] = self._square(flat_P)
-        else:
-            self.squares.pop(k, None)  # which is not all of its part
         work = reduce_scatter(self.into_N, flat_P, group=self.group, async_op=True)
         self.on_the_way[self.turn] = work, k, self.into_N
 

@@ -67,6 +67,22 @@ def summed(known: Sequence[float], computed: Iterable[Tensor], device: torch.dev
     return numbers
 
 
+@contextmanager
+def in_full_precision(device_type: str) -> Iterator[None]:
+    """Keeps fp32 products from autocast, and from TF32 or bf16 where the user lets the model have them."""
+    torch_backends: Any = torch.backends
+    backends = torch_backends.cuda.matmul, torch_backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 class Rows(ABC):
     """The rows of one step's tasks, in the order in which the tasks came first.
 
@@ -93,14 +109,14 @@ class Rows(ABC):
         self.rank = dist.get_rank(self.group) if dist.is_initialized() else 0
         self.device = next(iter((*shared, *rest))).device
         self.rows: list[Tensor] = []  # of `rows_KN`
-        self.rows_KN: Tensor
+        self.rows_KN = torch.empty(0, device=self.device)
         self.fp32_N: Tensor | None = None  # the combination of rows in bf16
         self.tasks: list[str] = []
         self.own: list[dict[nn.Parameter, Tensor]] = []  # each task's gradients of what is not combined
         self.dropped: set[str] = set()
-        self.squares: dict[
-            int, Tensor
-        ] = {}  # of a row's part: this rank's contribution, or that of a first micro-batch
+        # Of each row's part, if asked for: this rank's contribution, or that of a first micro-batch.
+        self.keeps_squares = False
+        self.squares: dict[int, Tensor] = {}
         self.pending: list[dist.Work] = []
         self.reached: set[nn.Parameter] = set()  # by the backward passes since it was last cleared
         self.expects = False  # whether it is our backward pass that runs
@@ -134,7 +150,7 @@ class Rows(ABC):
     def give_up(self) -> None:
         """Leaves a step that failed."""
         # What is on its way may never come, if only this rank failed: the next step takes other tensors.
-        self.rows, self.pending = [], []
+        self.rows, self.pending, self.rows_KN = [], [], self.rows_KN.new_empty(0)
 
     def _refuse_left_over(self, gradients: Iterable[Tensor]) -> None:
         """Refuses to begin a step over gradients that are not zero: they would be lost, or counted twice."""
@@ -273,7 +289,7 @@ class Rows(ABC):
         for chunks, runs in _pieces(self.runs_R, most):
             columns = slice(chunk * CHUNK, (chunk + chunks) * CHUNK)
             x_CKN = self.rows_KN[:K, columns].float().view(K, chunks, CHUNK).transpose(0, 1)
-            with torch.autocast(self.device.type, enabled=False):
+            with in_full_precision(self.device.type):
                 products_CKK = torch.bmm(x_CKN, x_CKN.mT)
             sums.append(_sums(products_CKK.double(), self.run_lengths_R[run : run + runs]))
             chunk, run = chunk + chunks, run + runs
@@ -286,14 +302,14 @@ class Rows(ABC):
 
     def _square(self, row_P: Tensor) -> Tensor:
         pieces = [row_P] if self.dtype == torch.float32 else torch.split(row_P, CONVERTED)
-        with torch.autocast(self.device.type, enabled=False):
+        with in_full_precision(self.device.type):
             parts = [(x := piece.float().view(-1, 1, CHUNK)).bmm(x.mT).double().sum() for piece in pieces]
         return torch.stack(parts).sum()
 
     def summed(self, known: Sequence[float], computed: Iterable[Tensor]) -> Tensor:
         """Numbers that are known here, and such that the device still computes, summed over the ranks, on the CPU.
 
-        One collective, and the one moment of a step with surgery in which a rank waits for its device.
+        One collective, and a wait for the device.
         """
         return summed(known, computed, self.device, self.group).cpu()
 

@@ -164,6 +164,7 @@ class Surgery:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on with what `state_dict` once gave."""
         self.number, self.state = state["step"], deepcopy(state["combiner"])
+        self.measured = self.noise = None  # of the loop that was left
 
     # -------------------------------------------------------------------------------------------- for loops of others
 
@@ -249,6 +250,8 @@ class Surgery:
         self.last_task = tasks[-1]
         with self._or_give_up():
             if self.apart:
+                if self.rows.device.type == "cpu":  # where nobody waits for it; GPUs hear at the step's end
+                    self._refuse_other_tasks(tasks)
                 self.rows.reserve(len(tasks))
             yield self.loss_weights(tasks)
             self._combine()
@@ -335,6 +338,7 @@ class Surgery:
         self.losses: dict[str, list[Tensor]] = {}
         self.parts: dict[str, list[float]] = {}  # the rows of each task's micro-batches on this rank
         self.rows.start()
+        self.rows.keeps_squares = self.apart
 
     def _add(self, task: str, loss: Tensor, retain_graph: bool = False) -> None:
         if self.drop_nonfinite:
@@ -377,8 +381,9 @@ class Surgery:
                 grams_SKK[:, k] = grams_SKK[:, :, k] = 0
 
     def _refuse_other_tasks(self, tasks: Sequence[str]) -> None:
-        """Refuses ranks that come with other tasks, before they average what is not the same."""
-        self._refuse_other_names(tasks, self.rows.summed(_checksums(tasks), []))
+        """Refuses ranks that come with other tasks, before they average what is not the same; waits for the device."""
+        if self.rows.world > 1:
+            self._refuse_other_names(tasks, self.rows.summed(_checksums(tasks), []))
 
     def _refuse_other_names(self, tasks: Sequence[str], sums: Tensor) -> None:
         if sums.tolist() != [self.rows.world * each for each in _checksums(tasks)]:
@@ -460,7 +465,7 @@ class Surgery:
 
 def _checksums(tasks: Sequence[str]) -> list[float]:
     """Two numbers whose sums over the ranks are multiples of their own only where all ranks have the same tasks."""
-    name = zlib.crc32("\n".join(tasks).encode()) >> 12  # its square is exact in fp64, over a million ranks as well
+    name = zlib.crc32("\n".join(tasks).encode()) >> 16  # the sum of its squares is exact in fp64, over 2^21 ranks
     return [name, name**2]
 
 

@@ -110,8 +110,9 @@ class Meter:
         self.skipped, self.steps, self.tokens = state["skipped"], state["steps"], state["tokens"]
         self.waited, self.seconds = state["waited"], state["seconds"]
         self.conflicts = [Conflict.from_dict(conflict) for conflict in state["conflicts"]]
-        self.noise.load(state["noise"])
-        self.noise_of_run.load(state["noise_of_run"])
+        if "noise" in state:  # which checkpoints of before have not
+            self.noise.load(state["noise"])
+            self.noise_of_run.load(state["noise_of_run"])
 
     def start_clock(self) -> None:
         """Begins to measure the time of a stage's steps."""
@@ -488,7 +489,8 @@ class Books:
         """What the run says of its tasks' gradients, noise apart; it becomes a record as well."""
         noise = self.meter.noise_of_run
         lines = list(noise.verdict())
-        if self.recorder and (summary := noise.summary()) is not None:
+        trained = self.run.resumed is None or self.run.done > self.run.resumed.step
+        if self.recorder and trained and (summary := noise.summary()) is not None:
             self.recorder.record(self.run.done, "gradients", {"verdict": lines, **summary})
         return lines
 

@@ -84,8 +84,9 @@ def train_stage(run: Run, stage: Stage, books: Books, saver: Saver, profile: Pro
             saver.save(run.done, engine, run.carried, state)
 
     def batches_of(step: int) -> tuple[list[Draw], list[Batch]]:
-        draws, batches = trainer.batches.of_step(step)
-        return draws, [batch.to(run.accelerator.device) for batch in batches]
+        with enough_memory(f"the batches of step {run.done + 1} or a later one"):  # made ahead
+            draws, batches = trainer.batches.of_step(step)
+            return draws, [batch.to(run.accelerator.device) for batch in batches]
 
     meter.start_clock()
     stop, more = None, any(order.steps for order in run.orders[stage.number + 1 :])

@@ -4,6 +4,7 @@ with Profile(5, folder, rank, console) as profile: ... with part("optimizer"): .
 """
 
 import json
+import logging
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,8 @@ from torch.autograd import profiler
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from mtl_dist.watch.screen import plain_table
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -78,8 +81,12 @@ class Profile:
             self.profiler.step()
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        self.path.parent.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(self.path))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self.path))
+        except (OSError, RuntimeError) as error:
+            log.warning("the profile cannot be written (%s); training goes on without it", error)
+            return
         if not self.console.quiet:
             self.console.print(table(json.loads(self.path.read_text(encoding="utf-8"))["traceEvents"]))
             self.console.print(f"trace: {self.path}, for ui.perfetto.dev; profiled steps take longer than others")

@@ -7,6 +7,7 @@ The reference is Algorithm 1 (Yu et al. 2020) written out on one process, over t
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
@@ -614,19 +615,25 @@ def test_refused_on_one_process() -> None:
 
 
 def refused_on_ranks() -> list[str]:
-    loop, other, knowing = Loop("ddp"), Loop("ddp"), Loop("ddp")
+    loop, other = Loop("ddp"), Loop("ddp")
     mine = "nli" if loop.rank == 0 else "sts"
 
-    def step() -> None:
+    def step(tasks: list[str], at_the_end: bool = False) -> None:
+        knowing = Loop("ddp")
         ours = knowing.surgery
-        with ours.step(0, [mine]), ours.task(mine, last=True), ours.micro_batch(last=True) as backward:
-            backward(knowing.losses(0, [mine], 0)[mine])
+        with ExitStack() as patches:
+            if at_the_end:  # as on GPUs, which do not wait before
+                patches.enter_context(patch.object(Surgery, "_refuse_other_tasks"))
+            with ours.step(0, tasks), ours.task(mine, last=True), ours.micro_batch(last=True) as backward:
+                backward(knowing.losses(0, [mine], 0)[mine])
 
     found = [
         refusal(lambda: Surgery(Model(), shared="body")),
         refusal(lambda: loop.surgery.backward(loop.losses(0, [mine], 0))),
         refusal(lambda: other.surgery.backward(other.losses(0, [mine, "tags"][: 1 + loop.rank], 0))),
-        refusal(step),
+        refusal(lambda: step([mine])),
+        refusal(lambda: step([mine, "tags"][: 1 + loop.rank])),
+        refusal(lambda: step([mine], at_the_end=True)),
         refusal(lambda: Surgery(DistributedDataParallel(Model(), static_graph=True), shared="body")),
     ]
     hooked = DistributedDataParallel(Model())
@@ -637,14 +644,15 @@ def refused_on_ranks() -> list[str]:
 
 def test_refused_on_ranks() -> None:
     for rank, found in enumerate(on_ranks(2, refused_on_ranks)):
-        unwrapped, differ, differ_in_number, differ_at_the_end, static, hooked = found
+        unwrapped, differ, differ_in_number, step, step_in_number, step_at_the_end, static, hooked = found
         assert unwrapped.startswith("the model is not wrapped for the 2 ranks that run; give it to accelerator.prepare")
         mine = ["nli", "sts"][rank]
-        assert differ == differ_at_the_end
+        assert differ == step == step_at_the_end
         assert differ == (
             f"step 0: the ranks came with different tasks, this one with {mine}; draw the tasks alike on all ranks, in "
             "the same order"
         )
+        assert differ_in_number == step_in_number
         assert differ_in_number.startswith("step 0: the ranks came with different tasks, this one with ")
         assert static.startswith("DDP's static_graph reduces gradients by itself")
         assert hooked.startswith("DDP's communication hook would be passed over")

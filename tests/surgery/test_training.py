@@ -23,7 +23,7 @@ from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.surgery import ddp
-from mtl_dist.surgery.rows import row_length
+from mtl_dist.surgery.rows import Rows, row_length
 from mtl_dist.training.engine import Engine, Stepped
 from mtl_dist.training.setup import load_data
 from tests.distributed import on_ranks
@@ -134,6 +134,26 @@ def test_weights_are_held_between_surgeries(tiny: Path, changes: list[str]) -> N
         assert all(far_apart(other, ranks[0]) == 0 for other in ranks)
     # The check can fail: the plain sum between surgeries leads elsewhere.
     assert far_apart(run(tiny, *overrides)["parameters"], expected) > 1e-4
+
+
+def test_products_do_not_follow_what_the_model_may_round(tiny: Path) -> None:
+    rows: list[Rows] = []
+    plain = Rows.grams
+
+    def noted(these: Rows) -> Tensor:
+        rows.append(these)
+        return plain(these)
+
+    with patch.object(Rows, "grams", noted):
+        run(tiny, *LAST, PCGRAD, "steps=1")
+    exact = rows[0].grams()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert rows[0].grams().equal(exact)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("misfit", ["scope=layers", "match=layers.1", "measure=true"])

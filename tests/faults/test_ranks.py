@@ -447,6 +447,7 @@ def test_out_of_memory_says_where_and_what_to_lower(tiny: Path, error: RuntimeEr
         ("mtl_dist.training.loop.start_stage", "the set-up of stage 1"),
         ("mtl_dist.optim.AdamW.step", "step 1"),
         ("mtl_dist.surgery.rows.Rows.reserve", "step 1"),
+        ("mtl_dist.data.batches.Batch.to", "the batches of step 1 or a later one"),
     ],
 )
 def test_out_of_memory_elsewhere_is_one_line_too(tiny: Path, where: str, doing: str) -> None:

@@ -807,3 +807,22 @@ def weighted_losses(engine: str) -> list[dict[str, Any]]:
 def test_weights_of_losses_do_not_depend_on_accumulation(engine: str) -> None:
     for whole, accumulated in on_ranks(2, weighted_losses, engine):
         assert accumulated == pytest.approx(whole, rel=1e-4) and whole["sts"] != 0
+
+
+def test_a_step_that_failed_keeps_no_rows() -> None:
+    loop = Loop("one process")
+    losses = loop.losses(0, TASKS, 0)
+    with pytest.raises(UserError):
+        loop.surgery.backward({**losses, "none": 0.5})
+    assert loop.surgery.rows.rows_KN.numel() == 0
+    loop.surgery.backward(loop.losses(0, TASKS, 0))
+    assert loop.surgery.rows.rows_KN.numel() > 0
+
+
+def test_what_was_held_before_a_load_is_forgotten() -> None:
+    loop = Loop("one process", every=2, between="held", combiner="mgda")
+    loop.surgery.backward(loop.losses(0, TASKS, 0))
+    saved = {"step": 1, "combiner": {"held": dict.fromkeys(TASKS, 0.25)}}
+    loop.surgery.load_state_dict(saved)
+    assert loop.surgery.loss_weights(TASKS) == dict.fromkeys(TASKS, 0.25)
+    assert loop.surgery.state_dict() == saved

@@ -200,3 +200,5 @@ def test_a_resumed_run_tells_of_all_its_steps(tiny: Path) -> None:
     go_on_until(4, "ddp", tiny, *overrides)
     go_on_until(None, "ddp", tiny, *overrides)
     assert told() == expected
+    go_on_until(None, "ddp", tiny, *overrides)  # nothing is left to train, or to tell
+    assert told() == expected

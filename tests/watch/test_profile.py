@@ -95,3 +95,9 @@ def test_a_profile_in_a_run_that_goes_on(tiny: Path, capsys: pytest.CaptureFixtu
 def test_a_negative_number_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert profiled(tiny, "--profile", "-1")[0] == 2
     assert "--profile is -1; give the number of steps to profile" in capsys.readouterr().err
+
+
+def test_training_goes_on_where_the_trace_cannot_be_written(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with patch("torch.profiler.profile.export_chrome_trace", side_effect=OSError("No space left on device")):
+        assert profiled(tiny, "--profile", "2") == (0, [])
+    assert "the profile cannot be written (No space left on device); training goes on without it" in caplog.text

@@ -102,6 +102,23 @@ def test_the_first_micro_batch_of_one_process_is_a_part(shares: list[int]) -> No
     check(measured(1, 400, shares))
 
 
+def visited_twice(reduce: str) -> bool:
+    torch.distributed.init_process_group("gloo")
+    model = DistributedDataParallel(Points())
+    surgery = Surgery(model, "pcgrad", shared="shared", reduce=reduce)
+    with surgery.step(0, list(TRUE)):
+        for task in (*TRUE, "b"):  # which was on its way
+            with surgery.task(task, last=True), surgery.micro_batch(last=True) as backward:
+                backward(model(TRUE[task] + torch.randn(4, WIDTH)).sum())
+    assert surgery.noise is not None
+    return "b" in surgery.noise.rows
+
+
+@pytest.mark.parametrize("reduce", ["all_reduce", "reduce_scatter"])
+def test_half_of_a_part_says_nothing(reduce: str) -> None:
+    assert on_ranks(2, visited_twice, reduce) == [False, False]
+
+
 def test_one_part_alone_says_nothing() -> None:
     torch.manual_seed(0)
     model = Points()

@@ -25,7 +25,7 @@ from mtl_dist.model.weights import build_encoder
 from mtl_dist.surgery import ddp
 from mtl_dist.surgery.rows import Rows, row_length
 from mtl_dist.training.engine import Engine, Stepped
-from mtl_dist.training.setup import load_data
+from mtl_dist.training.setup import build_model, load_data
 from tests.distributed import on_ranks
 from tests.trained import NO_DROPOUT, far_apart, run
 
@@ -278,6 +278,13 @@ def test_combiners_with_a_state_do_not_depend_on_the_number_of_processes(tiny: P
         assert far_apart(other["parameters"], expected) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["uncertainty", "famo"])
+def test_losses_are_learnt_from_before_the_next_step_whenever_they_are_reported(tiny: Path, kind: str) -> None:
+    overrides = [*LAST, "steps=6", f"gradients.combiner={{kind: {kind}}}"]
+    often = run(tiny, *overrides, "log.every_steps=1")["parameters"]
+    assert far_apart(run(tiny, *overrides, "log.every_steps=6")["parameters"], often) == 0
+
+
 def sent_bytes(config: Path, *overrides: str) -> int:
     """What this rank hands to collectives, as a ring sends it, in the steps of a run; small ones left out."""
     sent = 0
@@ -339,6 +346,26 @@ def test_ddp_keeps_no_buckets_for_what_surgery_averages(tiny: Path) -> None:
     assert on_ranks(2, bucket_bytes, tiny, *LAST) == [whole] * 2
     assert on_ranks(2, bucket_bytes, tiny, *LAST, PCGRAD, "gradients.every=2") == [whole] * 2
     assert max(on_ranks(2, bucket_bytes, tiny, *LAST, PCGRAD)) < 0.05 * whole
+
+
+def begun_elsewhere(config: Path, *overrides: str) -> dict[str, Tensor]:
+    """The parameters after training from weights that are other ones on each rank."""
+
+    def build(*args: Any) -> MultiTaskModel:
+        model = build_model(*args)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * dist.get_rank()
+        return model
+
+    with patch("mtl_dist.training.setup.build_model", build):
+        parameters: dict[str, Tensor] = run(config, *overrides)["parameters"]
+    return parameters
+
+
+@pytest.mark.parametrize("gradients", [[], [PCGRAD]])
+def test_all_ranks_begin_with_the_weights_of_the_first(tiny: Path, gradients: list[str]) -> None:
+    first, second = on_ranks(2, begun_elsewhere, tiny, *LAST, *gradients, "steps=2")
+    assert far_apart(second, first) == 0
 
 
 def test_surgery_needs_several_tasks_in_a_step(tiny: Path) -> None:

@@ -1,6 +1,6 @@
 """Single questions to a GPU, each answered in seconds by one line of JSON; `benchmarks/gpu.sh` asks them all.
 
-    python -m benchmarks.gpu fp16 | attention | adamw | surgery | mfu
+    python -m benchmarks.gpu fp16 | attention | adamw | mfu
     python -m benchmarks.gpu table FOLDER       # what all parts of gpu.sh said, as one JSON file and one table
 
 On a CPU the sizes are small, and the numbers say only that the script runs.
@@ -30,7 +30,6 @@ from mtl_dist.data.packed import Packed, pack
 from mtl_dist.model import encoder
 from mtl_dist.model.encoder import Encoder, Shape
 from mtl_dist.optim import AdamW
-from mtl_dist.surgery import Surgery
 from tests.trained import far_apart, run
 
 ON_GPU = torch.cuda.is_available()
@@ -39,7 +38,6 @@ SHAPE = SHAPES["base"] if ON_GPU else {**SHAPES["minilm"], "num_hidden_layers": 
 VOCABULARY = 30522
 # Dense bf16, in FLOP/s, of the data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-TASKS = ("nli", "sts", "qqp")
 LAST = 30  # lines of a log
 
 
@@ -127,43 +125,6 @@ def adamw() -> dict[str, Any]:
     return {**found, "furthest apart": far_apart(after[0], after[1])}
 
 
-def surgery() -> dict[str, Any]:
-    """What PCGrad on three tasks costs beside a plain step, optimizer included."""
-    found: dict[str, Any] = {}
-    for rows in (8, 32, 128) if ON_GPU else (1, 4):
-        packed = batch([128] * rows)
-        plain = 0.0
-        for combiner in ("sum", "pcgrad"):
-            model = bert()
-            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-            through = Surgery(model, combiner, shared="")
-            number = 0
-
-            def step(
-                model: Encoder = model, through: Surgery = through, optimizer: Any = optimizer, packed: Packed = packed
-            ) -> None:
-                nonlocal number
-                with through.step(number, TASKS):
-                    for task in TASKS:
-                        with through.task(task, last=True), through.micro_batch(True) as backward:
-                            backward(loss_of(model, packed))
-                optimizer.step()
-                optimizer.zero_grad()
-                number += 1
-
-            took = milliseconds(step)
-            found[f"{rows} rows of 128, {combiner}, ms"] = took
-            plain = plain or took
-            if combiner == "pcgrad":
-                found[f"{rows} rows of 128, price"] = f"{took / plain - 1:+.1%}"
-                started = milliseconds(through.rows.grams)
-                found[f"{rows} rows of 128, inner products, ms"] = started
-            through.close()
-    if ON_GPU:
-        found["most memory, MB"] = torch.cuda.max_memory_allocated() / 1e6
-    return found
-
-
 def mfu() -> dict[str, Any]:
     """The share of the device's arithmetic that plain steps of an encoder reach: 6 x parameters x tokens."""
     name = torch.cuda.get_device_name() if ON_GPU else platform.machine()
@@ -215,7 +176,7 @@ def table(folder: Path) -> None:
     print("\n".join(shown))
 
 
-PARTS = {part.__name__: part for part in (fp16, attention, adamw, surgery, mfu)}
+PARTS = {part.__name__: part for part in (fp16, attention, adamw, mfu)}
 
 if __name__ == "__main__":
     if sys.argv[1] == "table":

@@ -32,16 +32,17 @@ part() { # NAME LIMIT COMMAND...: its output in NUMBER-NAME.log, its exit code a
 }
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    encoder=(--shape base --repetitions 5) demo=(precision=bf16) exactness=(--cuda) slow=1
+    encoder=(--shape base --repetitions 5) price=(--shape base --bf16 --rows 256)
+    demo=(precision=bf16) exactness=(--cuda) slow=1
 else
-    encoder=(--shape minilm --sentences 4 --repetitions 1) demo=(steps=20 evaluate.every_steps=20)
-    exactness=(--worlds 2) slow=3
+    encoder=(--shape minilm --sentences 4 --repetitions 1) price=(--rows 4 --rounds 1)
+    demo=(steps=20 evaluate.every_steps=20) exactness=(--worlds 2) slow=3
     export OMP_NUM_THREADS=1 # threads that other work on the cores holds up wait for each other
 fi
 "$python" -c 'import deepspeed' 2>"$out/deepspeed.log" || exactness+=(--only DDP FSDP2)
 
 part mfu 50 "$python" -m benchmarks.gpu mfu
-part surgery 60 "$python" -m benchmarks.gpu surgery
+part surgery 60 "$python" -m benchmarks.price "${price[@]}"
 part attention 40 "$python" -m benchmarks.gpu attention
 part adamw 30 "$python" -m benchmarks.gpu adamw
 part fp16 40 "$python" -m benchmarks.gpu fp16

@@ -28,12 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mtl_dist.distributed
-import mtl_dist.training.books
-import mtl_dist.training.scores
 from benchmarks.step_model import (
     NETWORKS,
     Link,
@@ -59,6 +55,7 @@ from mtl_dist.surgery.rows import row_length
 from mtl_dist.training import loop
 from tests.conftest import WORDS, write_experiment
 from tests.distributed import on_ranks
+from tests.pretend_cuda import pretended_ranks
 from tests.studies.test_cost import Sent
 from tests.studies.test_cost import held as held_bytes
 
@@ -94,15 +91,7 @@ class Operations(TorchDispatchMode):
 
 def see(world: int, shape: dict[str, int], overrides: list[str]) -> dict[str, Any]:
     """A few steps as rank 0 of `world`, one row of each task on each."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": "8"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
-    init = dist.init_process_group
-
-    def pretend(backend: str | None = None, **options: Any) -> None:
-        for name in ("init_method", "rank", "world_size"):
-            options.pop(name, None)
-        init("fake", store=FakeStore(), rank=0, world_size=world, **options)
-
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     step_s: list[float] = []
     found: dict[str, Any] = {}
     sent, operations = Sent(), Operations()
@@ -139,10 +128,7 @@ def see(world: int, shape: dict[str, int], overrides: list[str]) -> dict[str, An
         words = (folder / "vocab.txt").read_text().splitlines()
         unused = [f"[unused{i}]" for i in range(VOCABULARY - len(words))]
         (folder / "vocab.txt").write_text("\n".join(words + unused) + "\n")
-        for module in (mtl_dist.distributed, mtl_dist.training.books, mtl_dist.training.scores):
-            patches.enter_context(patch.object(module, "gather_object", lambda found: found))
-        patches.enter_context(patch.object(mtl_dist.distributed, "_however_long", nullcontext))
-        patches.enter_context(patch.object(dist, "init_process_group", pretend))
+        patches.enter_context(pretended_ranks(world))
         patches.enter_context(patch.object(loop, "train_step", timed_step))
         patches.enter_context(patch.object(loop, "start_stage", kept))
         patches.enter_context(patch.object(Surgery, "_combine", counted_combine))

@@ -1,6 +1,6 @@
 # make demo       install, generate the demo corpus, train three tasks on two processes
-# make test       install, then ruff, mypy and the tests but for the long ones: 12 minutes on two cores with other work on them
-# make test-rest  the long ones: every engine with every setting, every launch file, jobs on a SLURM cluster: 14 more
+# make test       install, then ruff, mypy and the tests but for the long ones: 14 minutes on two cores with other work on them
+# make test-rest  the long ones: every engine with every setting, every launch file, jobs on a SLURM cluster: 12 more
 # make test-all   both
 # make setup      the install alone; does nothing the second time
 

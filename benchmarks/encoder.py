@@ -3,8 +3,10 @@
     python benchmarks/encoder.py [--device cuda] [--shape base|minilm]
 
 Both run forward and backward in bf16 autocast, with dropout, on the same ragged batch: lengths like those of the CS224N
-data, or longer ones. A run alternates between them; the figure is the median of the repetitions, in thousands of real
-tokens per second. Without attention dropout the packed encoder uses the varlen kernel on a GPU.
+data, or longer ones. A run alternates between them; the figures are the median of the repetitions, in thousands of real
+tokens per second, and the share that the linear layers' arithmetic for real tokens (6 for each weight and token) has of what
+the machine does in a product of two large bf16 matrices, which takes its turn as well. Without attention dropout the
+packed encoder uses the varlen kernel on a GPU.
 """
 
 import argparse
@@ -24,6 +26,8 @@ SHAPES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }
 VOCABULARY = 30522
+SIDE = 2048  # of the product that stands for what the machine can do
+PRODUCT = "the machine's own product"
 
 
 def lengths_of(kind: str, sentences: int) -> list[int]:
@@ -33,7 +37,7 @@ def lengths_of(kind: str, sentences: int) -> list[int]:
     return np.clip(draws.astype(int), 4, 512).tolist()
 
 
-def contenders(shape: dict[str, int], lengths: list[int], device: torch.device) -> dict[str, Callable[[], None]]:
+def contenders(shape: dict[str, int], lengths: list[int], device: torch.device) -> dict[str, Callable[[], object]]:
     """One training step of each encoder on the same sentences."""
     rows = [np.random.default_rng(1).integers(1000, VOCABULARY, length) for length in lengths]
     packed = pack(rows).to(device)
@@ -69,7 +73,13 @@ def contenders(shape: dict[str, int], lengths: list[int], device: torch.device) 
     }
 
 
-def seconds(step: Callable[[], None], device: torch.device) -> float:
+def product(device: torch.device) -> Callable[[], object]:
+    """A product of two large matrices in bf16."""
+    left, right = (torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return lambda: left @ right
+
+
+def seconds(step: Callable[[], object], device: torch.device) -> float:
     """How long one step takes, waiting for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -88,10 +98,12 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--sentences", type=int, default=64)
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device, shape = torch.device(arguments.device), SHAPES[arguments.shape]
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    weights = shape["num_hidden_layers"] * (4 * width**2 + 2 * width * inner)
     for kind in ("short", "long"):
         lengths = lengths_of(kind, arguments.sentences)
-        steps = contenders(SHAPES[arguments.shape], lengths, device)
+        steps = {**contenders(shape, lengths, device), PRODUCT: product(device)}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for repetition in range(arguments.repetitions + 2):
             for name, step in steps.items():
@@ -100,8 +112,11 @@ def main() -> None:
                     times[name].append(elapsed)
         full = f"{sum(lengths)} tokens, {sum(lengths) / len(lengths) / max(lengths):.0%} of the padded batch"
         print(f"{arguments.shape}, {kind} sentences: {full}")
+        machine = 2 * SIDE**3 / statistics.median(times.pop(PRODUCT))
         for name, measured in times.items():
-            print(f"  {name:34} {sum(lengths) / statistics.median(measured) / 1e3:8.1f} k tokens/s")
+            speed = sum(lengths) / statistics.median(measured)
+            print(f"  {name:34} {speed / 1e3:8.1f} k tokens/s {6 * weights * speed / machine:6.0%} of the machine's")
+        print(f"  {PRODUCT:34} {machine / 1e9:8.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

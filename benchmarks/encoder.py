@@ -4,9 +4,9 @@
 
 Both run forward and backward in bf16 autocast, with dropout, on the same ragged batch: lengths like those of the CS224N
 data, or longer ones. A run alternates between them; the figures are the median of the repetitions, in thousands of real
-tokens per second, and the share that the linear layers' arithmetic for real tokens (6 for each weight and token) has of what
-the machine does in a product of two large bf16 matrices, which takes its turn as well. Without attention dropout the
-packed encoder uses the varlen kernel on a GPU.
+tokens per second, and the share that the linear layers' arithmetic for real tokens (6 for each weight and token) has of
+what the machine does in a product of two large bf16 matrices, which takes its turn as well. Without attention dropout
+the packed encoder uses the varlen kernel on a GPU.
 """
 
 import argparse

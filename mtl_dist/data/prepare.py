@@ -39,9 +39,8 @@ FORMAT = 2
 ROWS, REJECTED, META = "rows.arrow", "rejected.tsv", "meta.json"
 COVERED = (ROWS, REJECTED, META)  # by the list of hashes beside them
 HASHES = "hashes"  # of source files, each under the state that it was in
-SETTLED_S = (
-    60  # after which a file that changes has another time, whatever the resolution of clocks, and their agreement
-)
+# After which a file that changes has another time, whatever the resolution of clocks, and their agreement.
+SETTLED_S = 60
 CHUNK_ROWS = 8192
 CHUNKS_WORTH_PROCESSES = 3  # below this, starting processes takes longer than the work
 

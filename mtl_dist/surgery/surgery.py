@@ -117,7 +117,7 @@ class Surgery:
         self.state: dict[str, dict[str, Any]] = {}  # the combiner's, for each group of parameters
         # Of the last step: its tasks, their inner products, and the weights of each group of parameters.
         self.measured: tuple[list[str], Tensor, Coming | None] | None = None
-        self.noise: Sample | None = None  # what is signal in it, and what is noise
+        self.of_parts: dict[str, Parts] = {}  # of its batches, where they are known
         self.loss_scale = 1.0
         self.in_step = False
 
@@ -164,7 +164,7 @@ class Surgery:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on with what `state_dict` once gave."""
         self.number, self.state = state["step"], deepcopy(state["combiner"])
-        self.measured = self.noise = None  # of the loop that was left
+        self.measured = None  # of the loop that was left
 
     # -------------------------------------------------------------------------------------------- for loops of others
 
@@ -347,7 +347,7 @@ class Surgery:
         self.rows.backward(loss, retain_graph)
 
     def _combine(self) -> None:
-        rows, self.in_step, self.measured, self.noise = self.rows, False, None, None
+        rows, self.in_step, self.measured = self.rows, False, None
         if self.by_engine:
             if rows.steps:
                 rows.settle(set().union(*self._agreed([ALL])[0].values()))
@@ -422,8 +422,7 @@ class Surgery:
             parts_K4 = torch.stack(
                 [whole_K, squares_K / self.loss_scale**2, sizes_K / whole_K, sizes2_K / whole_K**2], dim=1
             )
-            parts = {tasks[k]: Parts(*parts_K4[k].tolist()) for k in rows.squares}
-            self.noise = sample(tasks, grams_SKK.sum(0).numpy(), parts)
+            self.of_parts = {tasks[k]: Parts(*parts_K4[k].tolist()) for k in rows.squares}
         parameters = list(self.places)
         reached: dict[str, Set[nn.Parameter]] = {
             task: {parameters[place] for place in places.nonzero()[:, 0].tolist()}
@@ -461,6 +460,14 @@ class Surgery:
         if weights_GK is not None:
             weights_SK = weights_GK.read()[self.group_of_S]
         return conflict(tasks, grams_SKK, weights_SK, self.layers)
+
+    @property
+    def noise(self) -> Sample | None:
+        """What of it is signal and what is noise, where parts of the batches are known and no task was dropped."""
+        if self.measured is None or self.dropped:
+            return None
+        tasks, grams_SKK, _ = self.measured
+        return sample(tasks, grams_SKK.sum(0).numpy(), self.of_parts)
 
 
 def _checksums(tasks: Sequence[str]) -> list[float]:

@@ -21,8 +21,8 @@ HOUSE = """
     tasks
     experiment
     training: engine scores resume folder setup books loop
-    runs: predict
-    studies: cost plan
+    runs: story predict
+    studies: cost plan jobs
     cli
 """  # from the ground up; within a line, and so within a room, from left to right
 

@@ -83,6 +83,7 @@ class Meter:
         self.sizes = sizes
         self.draws = dict.fromkeys(sizes, 0)
         self.skipped = 0
+        self.tokens_of_run = 0
         self.noise_of_run = Noise()
         self.restart()
 
@@ -93,6 +94,7 @@ class Meter:
             "skipped": self.skipped,
             "loss_sums": self.loss_sums,
             "tokens": self.tokens,
+            "tokens_of_run": self.tokens_of_run,
             "new_draws": self.new_draws,
             "steps": self.steps,
             "waited": self.waited,
@@ -108,9 +110,10 @@ class Meter:
             counted = getattr(self, name)
             counted |= {task: value for task, value in state[name].items() if task in counted}
         self.skipped, self.steps, self.tokens = state["skipped"], state["steps"], state["tokens"]
+        self.tokens_of_run = state.get("tokens_of_run", 0)  # which checkpoints of before have not
         self.waited, self.seconds = state["waited"], state["seconds"]
         self.conflicts = [Conflict.from_dict(conflict) for conflict in state["conflicts"]]
-        if "noise" in state:  # which checkpoints of before have not
+        if "noise" in state:  # likewise
             self.noise.load(state["noise"])
             self.noise_of_run.load(state["noise_of_run"])
 
@@ -146,6 +149,7 @@ class Meter:
     def step(self, step: Step, outcome: Outcome) -> None:
         """Counts a step of all ranks."""
         self.tokens += outcome.tokens
+        self.tokens_of_run += outcome.tokens
         self.steps += 1
         self.norm = outcome.norm
         self.skipped += outcome.skipped
@@ -178,6 +182,7 @@ class Meter:
             loss={task: self.loss_sums[task] / new for task, new in self.new_draws.items() if new},
             draws=dict(self.draws),
             examples={task: draws * self.sizes[task] for task, draws in self.draws.items()},
+            tokens=self.tokens_of_run,
             lr={group["name"]: group["lr"] for group in optimizer.param_groups},
             tokens_per_second=self.tokens / seconds,
             seconds_per_step=seconds / self.steps,
@@ -399,6 +404,7 @@ class Books:
         if accelerator.is_main_process:
             self.recorder = Recorder(config.output_dir, config.log.tensorboard, run.done)
             if run.resumed is None:
+                self.recorder.note(0, "start", {"steps": run.total_steps})
                 self.recorder.text("config", dump(config))
         self.watchdog = Watchdog(config.distributed.timeout_s, accelerator.num_processes)
         self.meter = Meter(accelerator, {name: task.batch_size for name, task in config.tasks.items()})
@@ -493,6 +499,11 @@ class Books:
         if self.recorder and trained and (summary := noise.summary()) is not None:
             self.recorder.record(self.run.done, "gradients", {"verdict": lines, **summary})
         return lines
+
+    def end(self) -> None:
+        """Writes down that the run came to its end."""
+        if self.recorder:
+            self.recorder.note(self.run.done, "end", {"tokens": self.meter.tokens_of_run})
 
     def close(self) -> None:
         """Writes out what is still in memory."""

@@ -173,6 +173,8 @@ def finish(run: Run, books: Books, saver: Saver, stop: signal.Signals | None) ->
     if judge.unsaved and not stop:
         raise UserError(judge.unsaved)
     verdict = [] if stop else books.verdict()
+    if not (stop or saver.writer.failed):
+        books.end()
     books.close()
     if stop:
         screen.line(f"{stop.name}: saved after step {run.done:,} of {run.total_steps:,}; go on with --resume auto")

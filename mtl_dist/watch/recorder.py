@@ -33,6 +33,7 @@ class StepReport:
     stage: str
     loss: dict[str, float]  # mean over the examples since the last report
     examples: dict[str, int]  # since the start
+    tokens: int  # since the start
     draws: dict[str, int]  # since the start
     lr: dict[str, float]  # of each parameter group
     tokens_per_second: float
@@ -62,11 +63,15 @@ class Recorder:
             with self._going_on():
                 self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=after + 1 if after else None)
 
-    def record(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """One line of JSON; what changes in it also becomes a scalar, named by its path, conflicts an image."""
+    def note(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """One line of JSON."""
         with refusing(f"cannot write {self.file.name}"):
             self.file.write(json.dumps(_finite({"kind": kind, "step": step, "time": time.time(), **values})) + "\n")
             self.file.flush()
+
+    def record(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """The same, and what changes in it becomes a scalar as well, named by its path, conflicts an image."""
+        self.note(step, kind, values)
         if self.writer is None:
             return
         images: dict[str, Image.Image] = {}
@@ -115,7 +120,7 @@ class Recorder:
 
 
 def _keep_until(step: int, metrics: Path) -> None:
-    """Drops the records of later steps, and a last line that was cut off."""
+    """Drops the records of later steps, what says that the run ended, and a last line that was cut off."""
     if not metrics.exists():
         return
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -127,9 +132,10 @@ def _keep_until(step: int, metrics: Path) -> None:
 
 
 def _step_of(line: str) -> float:
-    """The step that a record tells of; a line that is none belongs to no step of a run."""
+    """The step that a record tells of; the end, and a line that is no record, belong to no step of a run."""
     try:
-        return float(json.loads(line)["step"])
+        record = json.loads(line)
+        return math.inf if record["kind"] == "end" else float(record["step"])
     except (ValueError, TypeError, KeyError):
         log.warning("metrics.jsonl: a line that cannot be read is left out: %.40s", line.strip())
         return math.inf

@@ -61,15 +61,20 @@ def test_the_run_folder_holds_what_the_docs_say(tiny: Path) -> None:
     assert load(Experiment, folder / "config.yaml") == load(Experiment, tiny, ["evaluate.every_steps=3"])
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(record["kind"], record["step"]) for record in records] == [
+        ("start", 0),
         ("train", 2),
         ("dev", 3),
         ("train", 4),
         ("train", 6),
         ("dev", 6),
+        ("end", 6),
     ]
-    assert records[3]["draws"] == {"mood": 6, "same": 6, "near": 6}
-    assert records[3]["examples"] == {"mood": 36, "same": 54, "near": 6}
-    assert records[3]["gradient_norm"] > 0
+    assert records[0]["steps"] == 6
+    assert records[4]["draws"] == {"mood": 6, "same": 6, "near": 6}
+    assert records[4]["examples"] == {"mood": 36, "same": 54, "near": 6}
+    assert records[4]["gradient_norm"] > 0
+    # What the rows of the steps had: near has one a step, and seven rows.
+    assert 2 * records[2 - 1]["tokens"] < records[4]["tokens"] == records[-1]["tokens"]
     assert json.loads((folder / "best" / "scores.json").read_text()) == scores
     assert scores["step"] in (3, 6)
     events = EventAccumulator(str(folder / TENSORBOARD)).Reload()

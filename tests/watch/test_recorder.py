@@ -27,6 +27,7 @@ REPORT = StepReport(
     loss={"sst": 1.25, "a-task-with-a-long-name": math.nan},
     examples={"sst": 640, "a-task-with-a-long-name": 1280},
     draws={"sst": 20, "a-task-with-a-long-name": 20},
+    tokens=30_000,
     lr={"lr x 1": 1e-5},
     tokens_per_second=12345.6,
     seconds_per_step=0.5,

@@ -21,6 +21,7 @@ setup(
         "accelerate>=1.10",
         "datasets>=4.0",
         "huggingface-hub>=0.30",
+        "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10.1",
         "pyarrow>=16",
@@ -33,11 +34,12 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.18", "transformers>=4.50"],
+        "sweep": ["optuna>=4.0"],
         "dev": [
             "deepspeed>=0.18",
             "hypothesis",
-            "matplotlib",
             "mypy",
+            "optuna>=4.0",
             "pre-commit",
             "pytest",
             "pytest-timeout",

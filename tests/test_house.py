@@ -14,7 +14,7 @@ PACKAGE = Path(mtl_dist.__file__).parent
 HOUSE = """
     config
     metrics files checkpoint distributed doctor optim
-    watch: pictures recorder screen profile
+    watch: charts pictures recorder screen profile
     surgery: combiners conflict noise rows ddp fsdp2 zero surgery
     data: packed tokenizer read corpus mixer prepare batches
     model: encoder heads objectives weights multitask
@@ -91,7 +91,7 @@ def test_the_reader_of_imports_sees_them() -> None:
 
 HEAVY = (
     *("torch", "numpy", "torch.distributed.fsdp", "accelerate", "deepspeed", "datasets", "pyarrow", "tokenizers"),
-    *("transformers", "tensorboard", "PIL", "rich"),
+    *("transformers", "tensorboard", "PIL", "rich", "matplotlib", "optuna"),
 )
 
 

@@ -1,4 +1,4 @@
-"""What a run's folder tells of it, finished or not: its config, what metrics.jsonl says, and the best model's scores."""
+"""What a run folder tells of its run, finished or not: its config, metrics.jsonl, the scores of its best model."""
 
 import json
 from collections.abc import Iterator

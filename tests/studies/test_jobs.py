@@ -77,7 +77,7 @@ import time
 from pathlib import Path
 from mtl_dist.studies.jobs import Job, Jobs
 with Jobs(1) as jobs:
-    jobs.start(Job("a", Path({str(tiny)!r}), {("output_dir=" + str(tiny.parent / "a"), *LONG)!r}, Path({str(tiny.parent / "a.log")!r})))
+    jobs.start(Job("a", Path({str(tiny)!r}), {job(tiny, "a", *LONG).overrides!r}, Path({str(tiny.parent / "a.log")!r})))
     print(jobs.started[0].process.pid, flush=True)
     time.sleep(1000)
 """

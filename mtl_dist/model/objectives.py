@@ -9,6 +9,7 @@ import reprlib
 from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
@@ -134,6 +135,15 @@ def _class_of(value: object, classes: int, names: list[str] | None, label_with_n
 # ---------------------------------------------------------------------------------------------------------- losses
 
 
+# So much of a label is spread evenly over all classes, its own among them.
+Smoothing = Annotated[float, Field(ge=0, lt=1)]
+
+
+def jeffreys(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
+    """KL(p || q) + KL(q || p) of each example."""
+    return ((log_p_NC.exp() - log_q_NC.exp()) * (log_p_NC - log_q_NC)).sum(dim=1)
+
+
 class LossConfig(Config):
     """The loss of each example from the head's raw outputs, and the prediction they stand for."""
 
@@ -148,6 +158,10 @@ class LossConfig(Config):
     def per_example(self, raw_NO: Tensor, gold_N: Tensor, label: Label) -> Tensor:
         """The loss of each example."""
 
+    def divergence(self, raw_NO: Tensor, other_NO: Tensor) -> Tensor:
+        """How far two outputs for the same example are apart: the square of the distance, or, of distributions, `jeffreys`."""
+        return (raw_NO - other_NO).square().sum(dim=1)
+
     def predict(self, raw_NO: Tensor, label: Label) -> Tensor:
         """The predicted class, or the predicted number."""
         return (raw_NO[:, 0] > 0.5).long() if isinstance(label, Binary) else raw_NO[:, 0]
@@ -157,6 +171,7 @@ class CrossEntropy(LossConfig):
     """Softmax over the classes."""
 
     kind: Literal["cross_entropy"]
+    label_smoothing: Smoothing = 0.0
     labels: ClassVar = ("classification", "binary")
 
     def outputs(self, label: Label) -> int:
@@ -164,7 +179,10 @@ class CrossEntropy(LossConfig):
         return label.classes
 
     def per_example(self, raw_NO: Tensor, gold_N: Tensor, label: Label) -> Tensor:
-        return F.cross_entropy(raw_NO, gold_N.long(), reduction="none")
+        return F.cross_entropy(raw_NO, gold_N.long(), reduction="none", label_smoothing=self.label_smoothing)
+
+    def divergence(self, raw_NO: Tensor, other_NO: Tensor) -> Tensor:
+        return jeffreys(raw_NO.log_softmax(dim=1), other_NO.log_softmax(dim=1))
 
     def predict(self, raw_NO: Tensor, label: Label) -> Tensor:
         return raw_NO.argmax(dim=1)
@@ -174,10 +192,16 @@ class Bce(LossConfig):
     """Binary cross-entropy; the output is a logit."""
 
     kind: Literal["bce"]
+    label_smoothing: Smoothing = 0.0
     labels: ClassVar = ("binary",)
 
     def per_example(self, raw_NO: Tensor, gold_N: Tensor, label: Label) -> Tensor:
-        return F.binary_cross_entropy_with_logits(raw_NO[:, 0], gold_N, reduction="none")
+        smoothed_N = gold_N * (1 - self.label_smoothing) + self.label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(raw_NO[:, 0], smoothed_N, reduction="none")
+
+    def divergence(self, raw_NO: Tensor, other_NO: Tensor) -> Tensor:
+        both = (torch.cat([F.logsigmoid(-raw), F.logsigmoid(raw)], dim=1) for raw in (raw_NO, other_NO))
+        return jeffreys(*both)
 
     def predict(self, raw_NO: Tensor, label: Label) -> Tensor:
         return (raw_NO[:, 0] > 0).long()
@@ -236,6 +260,9 @@ class Bins(LossConfig):
         # The small push keeps 0.6 out of the bin below it, where its fp32 neighbour would fall.
         bin_N = (share_N * self.bins + 1e-4).long().clamp(max=self.bins - 1)
         return F.cross_entropy(raw_NO, bin_N, reduction="none")
+
+    def divergence(self, raw_NO: Tensor, other_NO: Tensor) -> Tensor:
+        return jeffreys(raw_NO.log_softmax(dim=1), other_NO.log_softmax(dim=1))
 
     def predict(self, raw_NO: Tensor, label: Label) -> Tensor:
         assert isinstance(label, Regression)

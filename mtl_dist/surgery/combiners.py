@@ -81,6 +81,16 @@ class Mean(GramCombiner):
         return gram_TT.new_full((len(tasks),), 1 / len(tasks))
 
 
+class Balanced(GramCombiner):
+    """Scales every gradient to the mean of their norms: no projection, only a fair share. Equal norms: weights 1."""
+
+    kind: Literal["balanced"] = "balanced"
+
+    def combine(self, gram_TT: Tensor, tasks: list[str], state: State, generator: torch.Generator) -> Tensor:
+        norm_T = gram_TT.diagonal().sqrt()
+        return torch.where(norm_T > 0, norm_T[norm_T > 0].mean() / norm_T, 0.0)
+
+
 class Random(GramCombiner):
     """Random weights that sum to T (Lin et al. 2022): what the others have to beat."""
 
@@ -454,6 +464,8 @@ def _softmax(values: dict[str, float]) -> dict[str, float]:
     return {task: power / sum(powers.values()) for task, power in powers.items()}
 
 
-AnyGramCombiner = Sum | Mean | Random | PCGrad | GradVac | CAGrad | MGDA | IMTLG | AlignedMTL | NashMTL | UPGrad
+AnyGramCombiner = (
+    Sum | Mean | Balanced | Random | PCGrad | GradVac | CAGrad | MGDA | IMTLG | AlignedMTL | NashMTL | UPGrad
+)
 AnyLossCombiner = Uncertainty | DWA | FAMO
 AnyCombiner = Annotated[AnyGramCombiner | AnyLossCombiner, Field(discriminator="kind")]

@@ -140,6 +140,16 @@ BINS = {"bins": 2}
         ("cross_entropy", {}, BINARY, [[LOG3, 0], [LOG3, 0]], [0, 1], [math.log(4 / 3), math.log(4)]),
         ("cross_entropy", {}, NAMES, [[0, 0, LOG2]], [2], [LOG2]),
         ("bce", {}, BINARY, [[LOG3], [LOG3], [0]], [0, 1, 1], [math.log(4), math.log(4 / 3), LOG2]),
+        # A fifth of each label is spread over both classes: 0.9 of it stays.
+        ("cross_entropy", {"label_smoothing": 0.2}, BINARY, [[LOG3, 0]], [0], [math.log(4 / 3) + 0.1 * LOG3]),
+        (
+            "bce",
+            {"label_smoothing": 0.2},
+            BINARY,
+            [[LOG3], [LOG3]],
+            [1, 0],
+            [math.log(4 / 3) + 0.1 * LOG3, math.log(4) - 0.1 * LOG3],
+        ),
         ("mse", {}, SCORE, [[3], [3]], [5, 2.5], [4, 0.25]),
         ("mse", {}, BINARY, [[0.5], [-1]], [1, 0], [0.25, 1]),
         ("l1", {}, SCORE, [[3], [3]], [5, 2.5], [2, 0.5]),
@@ -163,6 +173,26 @@ def test_each_example_costs(
     raw, gold = torch.tensor(raw_NO, dtype=torch.float32), torch.tensor(list(gold_N), dtype=torch.float32)
     assert raw.shape[1] == rule.outputs(label(of))
     torch.testing.assert_close(rule.per_example(raw, gold, label(of)), torch.tensor(expected_N, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "raw_NO", "other_NO", "expected_N"),
+    [
+        # From 3/4, 1/4 to 1/2, 1/2, there and back: 1/4 of log 3/2 - log 1/2.
+        ("cross_entropy", {}, [[LOG3, 0]], [[0, 0]], [LOG3 / 4]),
+        ("bce", {}, [[LOG3], [0]], [[0], [0]], [LOG3 / 4, 0]),
+        ("bins", BINS, [[0, 0]], [[5, 5 + LOG3]], [LOG3 / 4]),
+        ("mse", {}, [[3], [1]], [[1], [1]], [4, 0]),
+        ("cosine_embedding", {}, [[3]], [[2]], [1]),
+    ],
+)
+def test_two_outputs_are_so_far_apart(
+    kind: str, fields: dict[str, Any], raw_NO: list[Any], other_NO: list[Any], expected_N: list[float]
+) -> None:
+    raw, other = torch.tensor(raw_NO, dtype=torch.float32), torch.tensor(other_NO, dtype=torch.float32)
+    rule = loss(kind, **fields)
+    for one, two in ((raw, other), (other, raw)):
+        torch.testing.assert_close(rule.divergence(one, two), torch.tensor(expected_N, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from mtl_dist.surgery.combiners import (
     AnyCombiner,
     AnyGramCombiner,
     AnyLossCombiner,
+    Balanced,
     CAGrad,
     GradVac,
     GramCombiner,
@@ -47,14 +48,14 @@ from mtl_dist.surgery.combiners import (
 # Shape suffixes: T = tasks, P = parameters. A matrix of gradients is J_TP.
 
 
-class Balanced(GramCombiner):
-    """Every gradient scaled to the mean of their norms: a combiner of one's own, as the docs show it."""
+class Tempered(GramCombiner):
+    """Half-way from the sum to `balanced`: a combiner of one's own, as the docs show it."""
 
-    kind: Literal["balanced"] = "balanced"
+    kind: Literal["tempered"] = "tempered"
 
     def combine(self, gram_TT: Tensor, tasks: list[str], state: State, generator: torch.Generator) -> Tensor:
         norm_T = gram_TT.diagonal().sqrt()
-        return torch.where(norm_T > 0, norm_T[norm_T > 0].mean() / norm_T, 0.0)
+        return torch.where(norm_T > 0, (norm_T[norm_T > 0].mean() / norm_T).sqrt(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ METHODS = {
     "nash_mtl": Method(NashMTL(), 2, harms_none=True, directions_only=True, grows=0),
     "nash_mtl, no limit": Method(NashMTL(max_norm=None), 4, harms_none=True, directions_only=True, grows=0),
     "upgrad": Method(UPGrad(), 1, averages=True, harms_none=True),
-    "one's own": Method(Balanced(), 4, directions_only=True),
+    "balanced": Method(Balanced(), 4, directions_only=True),
+    "one's own": Method(Tempered(), 4),
 }
 # Random weights are a mere function of the generator; they obey what follows from their sum alone.
 EVERY = METHODS | {"random": Method(Random(), 4)}
@@ -122,7 +124,7 @@ def weights(combiner: GramCombiner, J_TP: Tensor, seed: int = 0, state: State | 
 
 
 def test_the_table_has_every_combiner() -> None:
-    assert {type(combiner) for combiner in GRAM_COMBINERS.values()} == {*get_args(AnyGramCombiner), Balanced}
+    assert {type(combiner) for combiner in GRAM_COMBINERS.values()} == {*get_args(AnyGramCombiner), Tempered}
     assert {type(combiner) for combiner in LOSS_COMBINERS.values()} == {*get_args(AnyLossCombiner)}
 
 
@@ -305,6 +307,8 @@ CONFLICT = [[1.0, 0.0], [-1.0, 1.0]]
 
 BY_HAND: dict[str, tuple[GramCombiner, list[list[float]], list[float]]] = {
     "mean": (Mean(), CONFLICT, [1 / 2, 1 / 2]),
+    # Norms 1 and 2 are both made 1.5.
+    "balanced": (Balanced(), ORTHOGONAL, [1.5, 0.75]),
     # g1 loses its part against g2 -> (.5, .5) = g1 + g2 / 2; g2 against g1 -> (0, 1) = g2 + g1.
     "pcgrad": (PCGrad(), CONFLICT, [2.0, 1.5]),
     "pcgrad, mean": (PCGrad(reduction="mean"), CONFLICT, [1.0, 0.75]),

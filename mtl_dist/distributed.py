@@ -20,6 +20,7 @@ from threading import Event, Thread
 from typing import Any, Literal, Self, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
@@ -32,6 +33,7 @@ from accelerate.utils import (
     str_to_bool,
 )
 from pydantic import Field, PositiveInt
+from torch import Tensor
 from torch.distributed.distributed_c10d import (
     PrefixStore,
     Store,
@@ -530,6 +532,40 @@ class Watchdog:
                 _say(f"rank {rank}: no step for {timeout_s:g} s (distributed.timeout_s); where its threads stand:")
                 faulthandler.dump_traceback(file=2)
                 os._exit(1)
+
+
+class _AllRanksRows(torch.autograd.Function):
+    """Gradients go back to the rank that a row came from, those of all ranks' losses added up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, rows_W: Sequence[int]) -> Tensor:
+        ctx.rows_W, ctx.here = rows_W, len(rows_ND)
+        rank, most = dist.get_rank(), max(rows_W)
+        mine_MD = rows_ND.new_zeros(most, rows_ND.shape[1])
+        mine_MD[: rows_W[rank]] = rows_ND[: rows_W[rank]]
+        theirs = [torch.empty_like(mine_MD) for _ in rows_W]
+        dist.all_gather(theirs, mine_MD)
+        return torch.cat([their_MD[:rows] for their_MD, rows in zip(theirs, rows_W, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient_VD = gradients[0].contiguous()
+        dist.all_reduce(gradient_VD)
+        rank = dist.get_rank()
+        first, rows = sum(ctx.rows_W[:rank]), ctx.rows_W[rank]
+        mine_ND = gradient_VD.new_zeros(ctx.here, gradient_VD.shape[1])
+        mine_ND[:rows] = gradient_VD[first : first + rows]
+        return mine_ND, None
+
+
+def all_ranks_rows(rows_ND: Tensor, rows_W: Sequence[int]) -> Tensor:
+    """The rows of all ranks, one rank's after the other's; what a rank has beyond its number of rows is left out.
+
+    Every rank must ask for them, and go backward through them.
+    """
+    if len(rows_W) == 1:
+        return rows_ND
+    return _AllRanksRows.apply(rows_ND, rows_W)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

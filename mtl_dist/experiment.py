@@ -230,6 +230,14 @@ class Experiment(Config):
                 gradients.refuse_misfits()
             except UserError as error:
                 raise MisfitError(of_gradients, f"{stage.label}gradients.{error}") from None
+            if gradients.accumulation > 1 or gradients.max_tokens is not None:
+                for name, task in stage.tasks.items():
+                    if task.ranking is not None:
+                        raise MisfitError(
+                            ("tasks", name, "ranking"),
+                            f"{stage.label}tasks.{name}.ranking compares all pairs of a draw, which micro-batches keep "
+                            "apart: leave out gradients.accumulation and max_tokens",
+                        )
             if gradients.nonfinite == "drop_task" and not gradients.always_apart:
                 raise MisfitError(
                     of_gradients,

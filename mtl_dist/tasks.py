@@ -6,18 +6,21 @@ written beside it wins.
 
 import math
 import reprlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+import torch
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
 
 from mtl_dist.config import Config, overlay
-from mtl_dist.data.batches import Subsample
+from mtl_dist.data.batches import Batch, Subsample
 from mtl_dist.data.prepare import Reading
 from mtl_dist.data.read import BadRow, Example, File, Row, Source
 from mtl_dist.model.heads import Cosine, Head, Pooling, ProjectedCosine
-from mtl_dist.model.objectives import DEFAULT_LOSS, CosineEmbedding, Label, Loss, Regression
+from mtl_dist.model.objectives import DEFAULT_LOSS, CosineEmbedding, Label, Loss, Ranking, Regression
 
 SplitName = Literal["train", "dev", "test"]
 Metric = Literal["accuracy", "macro_f1", "pearson", "spearman"]
@@ -76,6 +79,9 @@ class TaskConfig(Config):
     head: Head = FILLED_IN  # by default linear, for pairs sbert
     loss: Loss = FILLED_IN  # by default cross_entropy, bce or mse, as the label is
     dropout: float = Field(0.1, ge=0, lt=1)  # on the pooled vectors
+    # R-Drop (Liang et al. 2021): every row is read twice, and so much of what dropout makes of it is a loss of its own.
+    r_drop: NonNegativeFloat = 0.0
+    ranking: Ranking | None = None  # a loss beside the task's own, for pairs: who belongs to whom?
     weight: PositiveFloat = 1.0  # of the task's mean loss in the sum
     batch_size: PositiveInt = 32  # rows of a draw, over all processes
     subsample: Subsample | None = None  # by default an epoch has all rows
@@ -118,9 +124,34 @@ class TaskConfig(Config):
             start = self.loss.alike_from
             if start is not None and not self.label.min < start <= self.label.max:
                 raise ValueError(f"loss.alike_from is {start:g}: no label, or every one, is as large as that")
+        if self.ranking is not None:
+            if texts == 1 or self.head.joint:
+                raise ValueError(f"ranking needs a vector for each sentence of a pair; head {head} has one for both")
+            self.ranking.positive_from(self.label)
         if (self.metric in ("pearson", "spearman")) != isinstance(self.label, Regression):
             raise ValueError(f"metric {self.metric} does not fit a {label} label")
         return self
+
+    @property
+    def copies(self) -> int:
+        """How often a batch has each row; dropout makes something else of each copy."""
+        return 2 if self.r_drop else 1
+
+    def losses(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
+        """What each row of a batch costs, from a forward pass; one that fills in for others costs nothing."""
+        if self.ranking is None:
+            raw_NO, vectors_SD = forward(batch.task, batch.packed), None
+        else:
+            raw_NO, vectors_SD = forward(batch.task, batch.packed, True)
+        copies = raw_NO.chunk(self.copies)
+        loss_N = torch.stack([self.loss.per_example(copy_NO, batch.gold_N, self.label) for copy_NO in copies]).mean(0)
+        if self.r_drop:
+            loss_N = loss_N + self.r_drop / 4 * self.loss.divergence(*copies)
+        if self.ranking is not None and vectors_SD is not None:
+            first_ND, second_ND = (side[: len(batch.rows)] for side in vectors_SD.chunk(2))
+            ranking_N = self.ranking.per_example(first_ND, second_ND, batch.gold_N, batch.rows_W, self.label)
+            loss_N = loss_N + self.ranking.weight * ranking_N
+        return loss_N * batch.weight_N
 
     def source(self, split: SplitName, data_dir: Path) -> Source | None:
         """Where a split's rows are; relative paths start at `data_dir`."""

@@ -19,6 +19,7 @@ from mtl_dist.distributed import Stops
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import MultiTaskModel, load_model
 from mtl_dist.model.weights import build_encoder
+from mtl_dist.tasks import TaskConfig
 from mtl_dist.training.loop import train
 from mtl_dist.training.scores import Scores, score_all
 from mtl_dist.training.setup import load_data
@@ -97,6 +98,22 @@ def far_apart(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return torch.stack(differences).max().item()  # NaN where any of them is
 
 
+def ranked(vectors_SD: Tensor, gold_N: Tensor, task: TaskConfig) -> Tensor:
+    """Multiple negatives ranking, pair by pair."""
+    assert task.ranking is not None
+    first, second = vectors_SD.chunk(2)
+    costs = []
+    for i, gold in enumerate(gold_N.tolist()):
+        if gold < task.ranking.positive_from(task.label):
+            costs.append(torch.zeros(()))
+            continue
+        there = torch.stack([torch.cosine_similarity(first[i], other, dim=0) for other in second])
+        back = torch.stack([torch.cosine_similarity(second[i], other, dim=0) for other in first])
+        found = [-(task.ranking.scale * each).log_softmax(0)[i] for each in (there, back)]
+        costs.append(sum(found) / 2)
+    return torch.stack(costs)
+
+
 def written_out(config: Path, *overrides: str) -> dict[str, Tensor]:
     """All stages with torch's AdamW and one loss over the global batches; no Accelerate, no packing ahead.
 
@@ -125,7 +142,10 @@ def written_out(config: Path, *overrides: str) -> dict[str, Tensor]:
                 order = RowStream(counts[name], experiment.seed, stage.number, name, task.subsample)
                 rows = TrainRows(splits[name], order, size, experiment.length_window).of_draw(draw)
                 batch = make_batch(name, splits[name], rows)
-                losses = task.loss.per_example(model(name, batch.packed), batch.gold_N, task.label)
+                raw_NO, vectors_SD = model(name, batch.packed, True)
+                losses = task.loss.per_example(raw_NO, batch.gold_N, task.label)
+                if task.ranking is not None:
+                    losses = losses + task.ranking.weight * ranked(vectors_SD, batch.gold_N, task)
                 per_sample = stage.gradients.reweight == "per_sample"
                 total = total + task.weight * losses.sum() / (sum(sizes) / len(sizes) if per_sample else size)
             for group in optimizer.param_groups:

@@ -42,7 +42,10 @@ class Subsample(Config):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one task, packed for the encoder. For pairs, all first sentences come before all second ones."""
+    """Rows of one task, packed for the encoder. For pairs, all first sentences come before all second ones.
+
+    Rows may be packed more than once, all of them one after the other.
+    """
 
     task: str
     rows: NDArray[np.int64]
@@ -50,6 +53,7 @@ class Batch:
     gold_N: Tensor
     weight_N: Tensor  # 1 for a real row; 0 for the filler of a rank that would have none
     filler: bool
+    rows_W: tuple[int, ...] = ()  # of a draw in one micro-batch: how many real rows of it each rank has
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on `device`, without waiting for it."""
@@ -57,11 +61,18 @@ class Batch:
         return replace(self, packed=self.packed.to(device), gold_N=gold_N, weight_N=weight_N)
 
 
-def make_batch(task: str, split: Split, rows: NDArray[np.int64], filler: bool = False) -> Batch:
-    """Packs some rows of a task; a filler's rows weigh nothing."""
-    inputs = [split.inputs(row) for row in rows.tolist()]
+def make_batch(
+    task: str,
+    split: Split,
+    rows: NDArray[np.int64],
+    filler: bool = False,
+    copies: int = 1,
+    rows_W: tuple[int, ...] = (),
+) -> Batch:
+    """Packs some rows of a task, each so many times; a filler's rows weigh nothing."""
+    inputs = [split.inputs(row) for row in rows.tolist()] * copies
     sentences = [tokens for side in zip(*inputs, strict=True) for tokens in side]
-    second_from = [split.second_from(row) for row in rows.tolist()] if len(inputs[0]) == 1 else None
+    second_from = [split.second_from(row) for row in rows.tolist()] * copies if len(inputs[0]) == 1 else None
     return Batch(
         task=task,
         rows=rows,
@@ -69,6 +80,7 @@ def make_batch(task: str, split: Split, rows: NDArray[np.int64], filler: bool = 
         gold_N=torch.from_numpy(split.labels(rows).astype(np.float32)),
         weight_N=torch.full((len(rows),), 0.0 if filler else 1.0),
         filler=filler,
+        rows_W=rows_W,
     )
 
 
@@ -137,8 +149,9 @@ class TrainRows:
     shuffled, so that sentences of like length meet. A window of one draw leaves the stream as it is.
     """
 
-    def __init__(self, split: Split, stream: RowStream, batch_size: int, window: int = 1) -> None:
+    def __init__(self, split: Split, stream: RowStream, batch_size: int, window: int = 1, copies: int = 1) -> None:
         self.split = split
+        self.copies = copies  # of each row in a batch
         self.stream = stream
         self.batch_size = batch_size
         self.window_rows = window * batch_size
@@ -210,9 +223,9 @@ class TrainBatches:
 
     def _of_draw(self, task: str, draw: int, tokens_W: NDArray[np.int64], me: int) -> Iterator[Batch]:
         """This rank's micro-batches of a task's `draw`-th global batch; every rank gets the same number of them."""
-        split = self.rows[task].split
+        split, copies = self.rows[task].split, self.rows[task].copies
         rows = self.rows[task].of_draw(draw)
-        lengths = split.lengths(rows)
+        lengths = split.lengths(rows) * copies
         longest_first = np.argsort(-lengths, kind="stable")  # as dense attention wants them
         rows, lengths = rows[longest_first], lengths[longest_first]
         hand_of = deal(lengths, self.world)
@@ -220,14 +233,18 @@ class TrainBatches:
         # Who has least of the step's other tasks gets most of this one, and rows if there are fewer than ranks.
         lightest, most_first = np.argsort(tokens_W, kind="stable"), np.argsort(-dealt_W, kind="stable")
         tokens_W[lightest] += dealt_W[most_first]
-        mine = np.flatnonzero(hand_of == most_first[lightest == me])
+        hand_W = np.empty(self.world, dtype=np.int64)  # of the first rank of the step and those after it
+        hand_W[lightest] = most_first
+        mine = np.flatnonzero(hand_of == hand_W[me])
+        rows_W = np.roll(np.bincount(hand_of, minlength=self.world)[hand_W], self.rank - me)
         number = self._micro_batches(lengths, hand_of)
         micro_of = deal(lengths[mine], number)
         for micro in range(number):
             of_micro = rows[mine[micro_of == micro]]
             # A rank that has run out of rows must still take part in what all ranks compute together.
             filler = not len(of_micro)
-            yield make_batch(task, split, rows[-1:] if filler else of_micro, filler)
+            here = rows[-1:] if filler else of_micro
+            yield make_batch(task, split, here, filler, copies, tuple(rows_W.tolist()) if number == 1 else ())
 
     def _micro_batches(self, lengths: NDArray[np.int64], hand_of: NDArray[np.int64]) -> int:
         """How many micro-batches keep within `max_tokens` on every rank (or have one row only)."""

@@ -62,9 +62,11 @@ class MultiTaskModel(nn.Module):
             }
         )
 
-    def forward(self, task: str, packed: Packed) -> Tensor:
+    def forward(self, task: str, packed: Packed, with_vectors: bool = False) -> Any:
+        """The raw outputs; if asked for, the sentences' pooled vectors as well."""
         pooled_SD = pool(self.encoder(packed), packed, self.pooling[task], self.encoder)
-        return self.heads[task](pooled_SD).float()  # type: ignore[no-any-return]
+        raw_NO: Tensor = self.heads[task](pooled_SD).float()
+        return (raw_NO, pooled_SD) if with_vectors else raw_NO
 
     def apart(self) -> list[str]:
         """The submodules that only some tasks go through."""

@@ -3,18 +3,22 @@
 A head gives raw outputs; the loss alone knows what they mean, so it also turns them into predictions.
 """
 
-# Shape suffixes: N = examples, O = outputs of the head (the number of classes or bins, else 1).
+# Shape suffixes: N = examples, V = those of all ranks, O = outputs of the head (the number of classes or bins, else 1),
+# C = classes, D = width of a vector, W = ranks.
 
 import reprlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from mtl_dist.config import Config
+from mtl_dist.distributed import all_ranks_rows
 
 # ---------------------------------------------------------------------------------------------------------- labels
 
@@ -159,7 +163,7 @@ class LossConfig(Config):
         """The loss of each example."""
 
     def divergence(self, raw_NO: Tensor, other_NO: Tensor) -> Tensor:
-        """How far two outputs for the same example are apart: the square of the distance, or, of distributions, `jeffreys`."""
+        """How far two outputs for the same example are apart: the squared distance; of distributions, `jeffreys`."""
         return (raw_NO - other_NO).square().sum(dim=1)
 
     def predict(self, raw_NO: Tensor, label: Label) -> Tensor:
@@ -268,6 +272,43 @@ class Bins(LossConfig):
         assert isinstance(label, Regression)
         centre_O = (raw_NO.new_tensor(range(self.bins)) + 0.5) / self.bins
         return label.min + (label.max - label.min) * (raw_NO.softmax(dim=1) @ centre_O)
+
+
+class Ranking(Config):
+    """Multiple negatives ranking (Henderson et al. 2017): each sentence of a true pair finds its other among all.
+
+    All are the draw's, of every rank: the second sentences for a first one, and the other way round.
+    """
+
+    weight: PositiveFloat = 1.0  # beside the task's own loss; both are means over all rows of a draw
+    scale: PositiveFloat = 20.0  # what cosines are multiplied with before the softmax
+    positives_from: float | None = None  # the label of a true pair; by default yes, or 4/5 of the label's range
+
+    def positive_from(self, label: Label) -> float:
+        """The smallest label of a true pair."""
+        low, high = (label.min, label.max) if isinstance(label, Regression) else (0.0, 1.0)
+        if isinstance(label, Classification):
+            raise ValueError("ranking needs a binary or a regression label")
+        share = 0.8 if isinstance(label, Regression) else 1.0
+        start = low + share * (high - low) if self.positives_from is None else self.positives_from
+        if not low < start <= high:
+            raise ValueError(f"ranking.positives_from is {start:g}: no pair, or every one, would be a true one")
+        return start
+
+    def per_example(
+        self, first_ND: Tensor, second_ND: Tensor, gold_N: Tensor, rows_W: Sequence[int], label: Label
+    ) -> Tensor:
+        """The loss of each pair of this rank, which has rows_W[rank] of the draw's."""
+        sides_ND = [F.normalize(side_ND.float(), dim=1) for side_ND in (first_ND, second_ND)]
+        all_VD = [all_ranks_rows(side_ND, rows_W) for side_ND in sides_ND]
+        rank = dist.get_rank() if len(rows_W) > 1 else 0
+        own_N = torch.arange(len(gold_N), device=gold_N.device)
+        place_N = (own_N + sum(rows_W[:rank])).clamp(max=sum(rows_W) - 1)  # a filler has no place
+        found_N = [
+            F.cross_entropy(self.scale * own_ND @ others_VD.T, place_N, reduction="none")
+            for own_ND, others_VD in zip(sides_ND, reversed(all_VD), strict=True)
+        ]
+        return torch.stack(found_N).mean(0).where(gold_N >= self.positive_from(label), 0.0)
 
 
 # Cross-entropy for classes, its binary form for yes or no, squared error for numbers.

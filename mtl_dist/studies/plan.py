@@ -121,7 +121,7 @@ def plan(
                 times_read=times_read,
                 # As it is shown: filling up the last batch of four epochs makes no fifth one.
                 repeated=draws > 0 and round(times_read, 1) > MOST_READS,
-                tokens=drawn * train_splits[name].num_tokens / rows[name],
+                tokens=drawn * task.copies * train_splits[name].num_tokens / rows[name],
             )
         tokens = sum(task.tokens for task in tasks.values())
         stages.append(StagePlan(stage.name, order.steps, tokens, trained, cost, tasks))

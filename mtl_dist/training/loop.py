@@ -149,8 +149,7 @@ def train_step(run: Run, trainer: Trainer, step: int, draws: list[Draw], batches
                 for batch in batches_of_task:
                     last, rows = batch is batches_of_task[-1], 0 if batch.filler else len(batch.rows)
                     with enough_for(batch, run.done + 1), surgery.micro_batch(last, rows) as backward:
-                        raw_NO = trainer.engine.forward(name, batch.packed)
-                        loss_N = task.loss.per_example(raw_NO, batch.gold_N, task.label) * batch.weight_N
+                        loss_N = task.losses(trainer.engine.forward, batch)
                         backward(loss_N.sum() * scale)
                     of_rows.append((batch, loss_N.detach()))
     with part("optimizer"):

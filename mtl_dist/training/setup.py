@@ -235,6 +235,7 @@ def train_batches(
             RowStream(len(splits[name]), config.seed, stage.number, name, task.subsample),
             task.batch_size,
             config.length_window,
+            task.copies,
         )
         for name, task in stage.tasks.items()
     }

@@ -40,8 +40,8 @@ def engine_of(layers: int, width: int) -> Engine[MultiTaskModel]:
     model = MultiTaskModel(Encoder(shape, 30522), {})
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    engine = start_engine(Accelerator(cpu=not torch.cuda.is_available()), model, AdamW(model.parameters()), None, [])
-    engine.step()
+    engine = start_engine(Accelerator(cpu=not torch.cuda.is_available()), model, AdamW(model.parameters()))
+    engine.step(0)
     return engine
 
 

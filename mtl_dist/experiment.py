@@ -33,7 +33,7 @@ from mtl_dist.metrics import OVERALL
 from mtl_dist.model.weights import EncoderConfig, max_positions
 from mtl_dist.optim import EVERYTHING, AnySchedule, OptimConfig, Rate
 from mtl_dist.surgery.surgery import SurgeryConfig
-from mtl_dist.tasks import SplitName, TaskConfig
+from mtl_dist.tasks import HiddenWordsLoss, Objective, OwnLosses, SplitName, TaskConfig
 
 
 def _usable(name: str) -> str:
@@ -90,6 +90,7 @@ class StageConfig(Config):
 
     name: str | None = Field(None, min_length=1, max_length=40)  # by default its number, from 1
     tasks: list[TaskName] | None = Field(None, min_length=1)  # the ones it trains; all are scored after it
+    objective: Objective = OwnLosses()
     mixer: AnyMixer | None = None
     epochs: Epochs | None = None
     steps: PositiveInt | None = None
@@ -108,6 +109,7 @@ class Stage:
     name: str
     label: str  # what errors begin with: nothing where there is only one
     tasks: dict[str, TaskConfig]
+    objective: Objective
     mixer: AnyMixer
     epochs: float
     steps: int | None
@@ -115,6 +117,11 @@ class Stage:
     trains: list[str]
     gradients: GradientsConfig
     carry_moments: bool
+
+    @property
+    def finds_words(self) -> bool:
+        """Whether it hides words, and trains no head of a task."""
+        return isinstance(self.objective, HiddenWordsLoss)
 
     def order(self, rows: Mapping[str, int], seed: int) -> Order:
         """What each step draws, where a task has so many train rows."""
@@ -230,7 +237,7 @@ class Experiment(Config):
                 gradients.refuse_misfits()
             except UserError as error:
                 raise MisfitError(of_gradients, f"{stage.label}gradients.{error}") from None
-            if gradients.accumulation > 1 or gradients.max_tokens is not None:
+            if not stage.finds_words and (gradients.accumulation > 1 or gradients.max_tokens is not None):
                 for name, task in stage.tasks.items():
                     if task.ranking is not None:
                         raise MisfitError(
@@ -287,6 +294,7 @@ class Experiment(Config):
                     name=name,
                     label=f"stage '{name}': " if self.stages else "",
                     tasks={name: self.tasks[name] for name in stage.tasks or self.tasks},
+                    objective=stage.objective,
                     mixer=stage.mixer or self.mixer,
                     epochs=next((n for n in (stage.epochs, self.epochs) if n is not None), 1.0),
                     steps=stage.steps if own_length else self.steps,

@@ -163,6 +163,19 @@ class Rule(Config):
     freeze: bool | None = None
 
 
+class Average(Config):
+    """The model that is scored and kept has a running mean of the weights: average = d x average + (1 - d) x weights.
+
+    After t steps d is t / (t + 9) until that is `decay`, so that the first weights are soon forgotten.
+    """
+
+    decay: float = Field(0.999, gt=0, lt=1)
+
+    def share(self, steps: int) -> float:
+        """How far the average goes towards the weights, after so many steps of a stage."""
+        return 1 - min(self.decay, steps / (steps + 9))
+
+
 class OptimConfig(Config):
     """AdamW, its learning rate over time, and what differs between parameters."""
 
@@ -172,6 +185,7 @@ class OptimConfig(Config):
     weight_decay: WeightDecay = 0.0
     implementation: Literal["auto", "foreach", "fused"] = "auto"  # foreach: ours; fused: torch's; auto: fused on CUDA
     schedule: AnySchedule = Constant()
+    average: Average | None = None  # by default the model as it is
     rules: list[Rule] = Field([Rule(match=r"(bias|norm\.weight)$", weight_decay=0.0), Rule(match=".*")])
 
 
@@ -180,8 +194,11 @@ def build_optimizer(
     config: OptimConfig,
     device_type: str,
     trains: Sequence[str] = EVERYTHING,
+    idle: Collection[str] = (),
 ) -> Optimizer:
-    """AdamW over what the rules let train of that which `trains` matches; `requires_grad` is set to agree."""
+    """AdamW over what the rules let train of that which `trains` matches, but for `idle` ones; `requires_grad` is set
+    to agree.
+    """
     parameters = dict(named_parameters)
     _check_rules(config.rules, parameters)
     for pattern in trains:
@@ -190,12 +207,14 @@ def build_optimizer(
     params_by_setting = defaultdict(list)
     for name, param in parameters.items():
         setting = _setting_of(name, config)
-        param.requires_grad_(not setting["freeze"] and any(re.search(pattern, name) for pattern in trains))
+        trained = name not in idle and any(re.search(pattern, name) for pattern in trains)
+        param.requires_grad_(trained and not setting["freeze"])
         if param.requires_grad:
             lr_scale = setting["lr_scale"] * setting["layer_decay"] ** _depth(name, num_layers)
             params_by_setting[lr_scale, setting["weight_decay"]].append(param)
     if not params_by_setting:
-        raise UserError("optim.rules freeze every parameter that the stage trains; leave some to train")
+        who = "optim.rules freeze" if not idle else "its objective has no use for, or optim.rules freeze,"
+        raise UserError(f"{who} every parameter that the stage trains; leave some to train")
 
     groups = [
         {

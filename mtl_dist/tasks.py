@@ -9,9 +9,10 @@ import reprlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
@@ -46,6 +47,38 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sts": _cs224n("sts", PAIR, "similarity", {"kind": "regression", "min": 0, "max": 5}),
     "cfimdb": _cs224n("ids-cfimdb", ["sentence"], "sentiment", {"kind": "binary"}),
 }
+
+
+class OwnLosses(Config):
+    """Each task learns what its labels say."""
+
+    kind: Literal["tasks"] = "tasks"
+
+    def losses(self, task: "TaskConfig", forward: Callable[..., Any], batch: Batch) -> Tensor:
+        """What each row of a batch costs."""
+        return task.losses(forward, batch)
+
+
+class HiddenWordsLoss(Config):
+    """Every task's texts, without their labels: words are hidden, and the encoder finds them again from the others.
+
+    A row costs the mean of its hidden words' cross-entropies.
+    """
+
+    kind: Literal["mlm"] = "mlm"
+    share: float = Field(0.15, gt=0, lt=1)  # of a row's words; at least one
+
+    def losses(self, task: "TaskConfig", forward: Callable[..., Any], batch: Batch) -> Tensor:
+        """What each row of a batch costs."""
+        assert batch.hidden is not None
+        scores_MV = forward(batch.task, batch.packed, False, batch.hidden.places_M)
+        loss_M = F.cross_entropy(scores_MV, batch.hidden.tokens_M, reduction="none")
+        number_N = batch.hidden.number_N
+        sum_N = torch.segment_reduce(loss_M, "sum", lengths=number_N, unsafe=True)
+        return sum_N / number_N.clamp(min=1) * batch.weight_N
+
+
+Objective = Annotated[OwnLosses | HiddenWordsLoss, Field(discriminator="kind")]
 
 
 class Columns(Config):

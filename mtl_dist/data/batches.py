@@ -41,6 +41,19 @@ class Subsample(Config):
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """Words of a batch that are to be found again, row by row."""
+
+    places_M: Tensor  # of their tokens in the packed ones
+    tokens_M: Tensor  # what they were
+    number_N: Tensor  # of them in each row
+
+    def to(self, device: torch.device) -> "Hidden":
+        """The same on `device`, without waiting for it."""
+        return Hidden(*(moved(value, device) for value in (self.places_M, self.tokens_M, self.number_N)))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows of one task, packed for the encoder. For pairs, all first sentences come before all second ones.
 
@@ -54,11 +67,13 @@ class Batch:
     weight_N: Tensor  # 1 for a real row; 0 for the filler of a rank that would have none
     filler: bool
     rows_W: tuple[int, ...] = ()  # of a draw in one micro-batch: how many real rows of it each rank has
+    hidden: Hidden | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on `device`, without waiting for it."""
         gold_N, weight_N = moved(self.gold_N, device), moved(self.weight_N, device)
-        return replace(self, packed=self.packed.to(device), gold_N=gold_N, weight_N=weight_N)
+        hidden = self.hidden and self.hidden.to(device)
+        return replace(self, packed=self.packed.to(device), gold_N=gold_N, weight_N=weight_N, hidden=hidden)
 
 
 def make_batch(
@@ -82,6 +97,39 @@ def make_batch(
         filler=filler,
         rows_W=rows_W,
     )
+
+
+@dataclass(frozen=True)
+class Hiding:
+    """Which words are hidden in each row of each draw, on whatever rank: BERT's pre-training (Devlin et al. 2019).
+
+    Of those chosen, 80 % become [MASK], 10 % any token, and 10 % stay.
+    """
+
+    share: float  # of a row's tokens, at least one; never [CLS], [SEP] and the like
+    mask: int  # the token [MASK]
+    special: NDArray[np.bool_]  # of each token of the vocabulary, whether it stands for no word
+    key: str
+
+    def of(self, batch: Batch, draw: int) -> Batch:
+        """The batch with words hidden."""
+        tokens, offsets = batch.packed.tokens_T.numpy().copy(), batch.packed.offsets.tolist()
+        places, found, number = [], [], []
+        for n, row in enumerate(batch.rows.tolist()):
+            spans = [np.arange(*offsets[s : s + 2]) for s in range(n, len(offsets) - 1, len(batch.rows))]
+            words = np.concatenate(spans)
+            words = words[~self.special[tokens[words]]]
+            digest = hashlib.blake2b(f"{self.key}/{batch.task}/{draw}/{row}".encode(), digest_size=8).digest()
+            rng = np.random.default_rng(int.from_bytes(digest))
+            chosen = rng.permutation(words)[: max(1, round(self.share * len(words)))]
+            fate, others = rng.random(len(chosen)), rng.integers(len(self.special), size=len(chosen))
+            places.append(chosen)
+            found.append(tokens[chosen])
+            number.append(len(chosen))
+            tokens[chosen] = np.where(fate < 0.8, self.mask, np.where(fate < 0.9, others, tokens[chosen]))
+        places_M, tokens_M = (torch.from_numpy(np.concatenate(part)) for part in (places, found))
+        hidden = Hidden(places_M, tokens_M, torch.tensor(number))
+        return replace(batch, packed=replace(batch.packed, tokens_T=torch.from_numpy(tokens)), hidden=hidden)
 
 
 class RowStream:
@@ -206,8 +254,10 @@ class TrainBatches:
         world: int,
         accumulation: int = 1,
         max_tokens: int | None = None,
+        hiding: Hiding | None = None,
     ) -> None:
         self.rows = rows
+        self.hiding = hiding
         self.order = order
         self.rank = rank
         self.world = world
@@ -244,7 +294,8 @@ class TrainBatches:
             # A rank that has run out of rows must still take part in what all ranks compute together.
             filler = not len(of_micro)
             here = rows[-1:] if filler else of_micro
-            yield make_batch(task, split, here, filler, copies, tuple(rows_W.tolist()) if number == 1 else ())
+            batch = make_batch(task, split, here, filler, copies, tuple(rows_W.tolist()) if number == 1 else ())
+            yield batch if self.hiding is None else self.hiding.of(batch, draw)
 
     def _micro_batches(self, lengths: NDArray[np.int64], hand_of: NDArray[np.int64]) -> int:
         """How many micro-batches keep within `max_tokens` on every rank (or have one row only)."""

@@ -1,6 +1,7 @@
 """From token vectors to a task's raw outputs: pooling, and the heads, each configured beside its code."""
 
-# Shape suffixes: T = tokens, S = sentences, N = examples (S, or S / 2 for pairs), D = hidden size.
+# Shape suffixes: T = tokens, S = sentences, N = examples (S, or S / 2 for pairs), D = hidden size, M = hidden words,
+# V = the vocabulary.
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from mtl_dist.config import Config
 from mtl_dist.data.packed import Packed
-from mtl_dist.model.encoder import Encoder, init_weights
+from mtl_dist.model.encoder import ACTIVATIONS, Encoder, Shape, init_weights
 
 Pooling = Literal["cls", "pooler", "mean", "max"]
 
@@ -156,6 +157,21 @@ class Layers(nn.Module):
             u, v = x.chunk(2)
             x = torch.cat([u, v, (u - v).abs()][: self.parts], dim=1)
         return self.layers(x)  # type: ignore[no-any-return]
+
+
+class HiddenWords(nn.Module):
+    """From the vectors of hidden words to a score for each token of the vocabulary, by the words' own embeddings."""
+
+    def __init__(self, shape: Shape, vocab_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(shape.hidden_size, shape.hidden_size)
+        self.activation = ACTIVATIONS[shape.hidden_act]
+        self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        init_weights(self.dense, shape.initializer_range)
+
+    def forward(self, x_MD: Tensor, embeddings_VD: Tensor) -> Tensor:
+        return F.linear(self.norm(self.activation(self.dense(x_MD))), embeddings_VD, self.bias)
 
 
 class CosineHead(nn.Module):

@@ -16,7 +16,7 @@ from mtl_dist.data.packed import Packed
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.files import SUMS, faults, replacing, write_sums
 from mtl_dist.model.encoder import Encoder
-from mtl_dist.model.heads import HeadConfig, Pooling, pool
+from mtl_dist.model.heads import HeadConfig, HiddenWords, Pooling, pool
 from mtl_dist.model.objectives import Label, LossConfig
 from mtl_dist.model.weights import ENCODER_FILES, EncoderConfig, build_encoder, save_checkpoint
 
@@ -41,9 +41,9 @@ class TaskModel(Protocol):
 
 
 class MultiTaskModel(nn.Module):
-    """Packed sentences of one task in, that task's raw outputs in fp32 out."""
+    """Packed sentences of one task in, that task's raw outputs in fp32 out; or hidden words, where it learns them."""
 
-    def __init__(self, encoder: Encoder, tasks: Mapping[str, TaskModel]) -> None:
+    def __init__(self, encoder: Encoder, tasks: Mapping[str, TaskModel], finds_words: bool = False) -> None:
         super().__init__()
         for name, task in tasks.items():
             if task.head.joint and encoder.shape.type_vocab_size < 2:
@@ -62,22 +62,34 @@ class MultiTaskModel(nn.Module):
             }
         )
 
-    def forward(self, task: str, packed: Packed, with_vectors: bool = False) -> Any:
-        """The raw outputs; if asked for, the sentences' pooled vectors as well."""
-        pooled_SD = pool(self.encoder(packed), packed, self.pooling[task], self.encoder)
+        self.words = HiddenWords(encoder.shape, encoder.embeddings.word.num_embeddings) if finds_words else None
+
+    def forward(self, task: str, packed: Packed, with_vectors: bool = False, hidden_M: Tensor | None = None) -> Any:
+        """The raw outputs; if asked for, the sentences' pooled vectors as well.
+
+        Of tokens that were hidden, in their place a score for each token of the vocabulary.
+        """
+        x_TD = self.encoder(packed)
+        if hidden_M is not None:
+            assert self.words is not None
+            return self.words(x_TD.index_select(0, hidden_M), self.encoder.embeddings.word.weight).float()
+        pooled_SD = pool(x_TD, packed, self.pooling[task], self.encoder)
         raw_NO: Tensor = self.heads[task](pooled_SD).float()
         return (raw_NO, pooled_SD) if with_vectors else raw_NO
 
     def apart(self) -> list[str]:
         """The submodules that only some tasks go through."""
-        return ["encoder.pooler", *(f"heads.{task}" for task in self.heads)]
+        return ["encoder.pooler", *(f"heads.{task}" for task in self.heads), *([] if self.words is None else ["words"])]
 
-    def reached_by(self, task: str) -> Iterator[tuple[str, nn.Parameter]]:
+    def reached_by(self, task: str, finds_words: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that a task's forward pass goes through, with their names."""
+        pools = self.pooling[task] == "pooler" and not finds_words
         for name, parameter in self.encoder.named_parameters(prefix="encoder"):
-            if self.pooling[task] == "pooler" or not name.startswith("encoder.pooler."):
+            if pools or not name.startswith("encoder.pooler."):
                 yield name, parameter
-        yield from self.heads[task].named_parameters(prefix=f"heads.{task}")
+        own, name = (self.words, "words") if finds_words else (self.heads[task], f"heads.{task}")
+        assert own is not None
+        yield from own.named_parameters(prefix=name)
 
 
 def save_model(model: MultiTaskModel, tokenizer: Tokenizer, folder: Path, scores: Mapping[str, Any]) -> None:

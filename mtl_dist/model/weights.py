@@ -15,6 +15,7 @@ from torch import Tensor
 from mtl_dist.config import Config, UserError
 from mtl_dist.data.tokenizer import checkpoint_folder, read_json
 from mtl_dist.model.encoder import Encoder, Shape
+from mtl_dist.model.heads import HiddenWords
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,23 @@ def load_weights(encoder: Encoder, folder: Path) -> None:
     )
     if unknown:
         raise UserError(f"{folder}: the weight {unknown[0]} has no place in the encoder that config.json describes")
+
+
+WORDS = {  # ours -> theirs, of the head that BERT was pre-trained with
+    "dense.weight": "cls.predictions.transform.dense.weight",
+    "dense.bias": "cls.predictions.transform.dense.bias",
+    "norm.weight": "cls.predictions.transform.LayerNorm.weight",
+    "norm.bias": "cls.predictions.transform.LayerNorm.bias",
+    "bias": "cls.predictions.bias",
+}
+
+
+def load_words(words: HiddenWords, folder: Path) -> None:
+    """Fills the head that finds hidden words from a checkpoint that has one; else it starts from random weights."""
+    theirs = _read_tensors(folder)
+    ours = words.state_dict()
+    if all(foreign in theirs and theirs[foreign].shape == ours[name].shape for name, foreign in WORDS.items()):
+        words.load_state_dict({name: theirs[foreign] for name, foreign in WORDS.items()})
 
 
 def _clean(name: str) -> str:

@@ -25,6 +25,7 @@ class Work:
     row: int  # the same as a row of surgery holds them, each tensor filled up to whole chunks
     tasks: int  # of a step
     micro_batches: float  # of a step, on each rank
+    moments: int = 2  # of a weight: AdamW's two, and its average
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class StageCost:
 
 
 def cost_of(work: Work, gradients: GradientsConfig, engine: EngineName, precision: Precision, ranks: int) -> StageCost:
-    """What a step costs with AdamW's two moments; activations and fixed buckets of the engines come on top.
+    """What a step costs with AdamW; activations and fixed buckets of the engines come on top.
 
     Of steps with surgery and without (`every`) the bytes sent are the mean, and what is held is that of surgery.
     """
@@ -51,7 +52,7 @@ def cost_of(work: Work, gradients: GradientsConfig, engine: EngineName, precisio
     whole, weights = FLOAT_BYTES * work.trained, FLOAT_BYTES * work.parameters
     share = whole // ranks
     computed = 2 if precision != "fp32" else FLOAT_BYTES  # ZeRO's weights that the model computes with, per element
-    moments = 2 * whole if engine == "ddp" else 2 * share
+    moments = work.moments * (whole if engine == "ddp" else share)
     row = _row(work, gradients)
     rows = work.tasks * row // ranks if apart else 0
     match engine:

@@ -101,6 +101,7 @@ def plan(
             row=row_length(p.numel() for p in model.encoder.parameters() if p.requires_grad),
             tasks=stage.mixer.most_tasks(len(stage.tasks)),
             micro_batches=draws_per_step * stage.gradients.accumulation,
+            moments=2 + (stage.optim.average is not None),
         )
         cost = cost_of(work, stage.gradients, engine, precision, ranks)
         probability = probabilities(order)
@@ -121,7 +122,7 @@ def plan(
                 times_read=times_read,
                 # As it is shown: filling up the last batch of four epochs makes no fifth one.
                 repeated=draws > 0 and round(times_read, 1) > MOST_READS,
-                tokens=drawn * task.copies * train_splits[name].num_tokens / rows[name],
+                tokens=drawn * (1 if stage.finds_words else task.copies) * train_splits[name].num_tokens / rows[name],
             )
         tokens = sum(task.tokens for task in tasks.values())
         stages.append(StagePlan(stage.name, order.steps, tokens, trained, cost, tasks))

@@ -488,7 +488,7 @@ class Books:
 
     def evaluate(self, trainer: Trainer) -> None:
         """Scores the dev sets; every rank must take part."""
-        with trainer.engine.whole() as whole:
+        with trainer.engine.whole(averaged=True) as whole:
             self.judge.evaluate(whole, trainer.stage.name, self.run.done)
 
     def verdict(self) -> list[str]:

@@ -24,9 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from mtl_dist.distributed import autocast, precision_of
+from mtl_dist.optim import Average
 from mtl_dist.surgery.zero import averaged_parts, places, split_groups
 
 M = TypeVar("M", bound=nn.Module)
+AVERAGE = "average"  # what it is called among the optimizer's moments
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,53 @@ class Stepped:
 class Engine(ABC, Generic[M]):
     """A stage's model and its optimizer."""
 
-    def __init__(self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: M,
+        optimizer: Optimizer,
+        clip_norm: float | None = None,
+        average: Average | None = None,
+    ) -> None:
         self.accelerator = accelerator
         self.clip_norm = clip_norm
+        self.average = average
         self.model: Any
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.module: M = accelerator.unwrap_model(self.model)  # the same without wrappers, for its parameters
+
+    @property
+    def own_optimizer(self) -> Optimizer:
+        """The optimizer without wrappers, of the tensors that it moves on this rank."""
+        own: Optimizer = self.optimizer.optimizer
+        return own
 
     def forward(self, *inputs: Any) -> Any:
         """What the model makes of its inputs, in the run's precision."""
         return self.model(*inputs)
 
-    def step(self) -> Stepped:
-        """Clips, steps, and clears the gradients; without a step where they are not finite."""
+    def step(self, number: int) -> Stepped:
+        """Clips, steps, and clears the gradients; without a step where they are not finite.
+
+        `number` is the step's in its stage, from 0.
+        """
+        stepped = self._step()
+        if self.average is not None:
+            self._move_averages(self.average.share(number + 1))
+        return stepped
+
+    @torch.no_grad()
+    def _move_averages(self, share: float) -> None:
+        """Moves the averages so far towards the weights. They are the optimizer's, saved and spread as its moments."""
+        # Heads of tasks that were not drawn yet have no state, and with an average alone it would not be made.
+        states: Mapping[Tensor, dict[str, Tensor]] = {p: each for p, each in self.own_optimizer.state.items() if each}
+        for parameter, state in states.items():
+            if AVERAGE not in state:
+                state[AVERAGE] = parameter.detach().clone()
+        if states:
+            torch._foreach_lerp_([state[AVERAGE] for state in states.values()], list(states), share)
+
+    def _step(self) -> Stepped:
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
         device, scaler = self.accelerator.device, self.accelerator.scaler
         if not parameters:  # every task was dropped
@@ -70,7 +106,7 @@ class Engine(ABC, Generic[M]):
 
     def _step_if_finite(self, norm: Tensor) -> None:
         """Steps, if the norm is a number: the same on all ranks, because the gradients are."""
-        optimizer = self.optimizer.optimizer
+        optimizer: Any = self.own_optimizer
         if self.accelerator.scaler is not None:  # which finds out by itself
             self.optimizer.step()
         elif optimizer.param_groups[0].get("fused"):  # decides on the device
@@ -106,8 +142,11 @@ class Engine(ABC, Generic[M]):
             self.accelerator.scaler.load_state_dict(scaling)
 
     @abstractmethod
-    def whole(self) -> AbstractContextManager[M]:
-        """The model as it stands, with all weights on this rank's device; every rank must ask for it."""
+    def whole(self, averaged: bool = False) -> AbstractContextManager[M]:
+        """The model as it stands, or with its averaged weights where these are asked for and there are some.
+
+        All weights are on this rank's device; every rank must ask for it.
+        """
 
     @abstractmethod
     def close(self) -> M:
@@ -118,7 +157,7 @@ class Replicas(Engine[M]):
     """One process, or DDP: every rank has the model and the optimizer."""
 
     def __init__(
-        self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None, rows: Collection[str]
+        self, accelerator: Accelerator, model: M, optimizer: Optimizer, rows: Collection[str], **settings: Any
     ) -> None:
         """`rows` names parameters whose gradients surgery averages in every step: DDP would keep buckets for them."""
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -126,14 +165,23 @@ class Replicas(Engine[M]):
             rows = ()
         ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
         ignore(model, rows)
-        super().__init__(accelerator, model, optimizer, clip_norm)
+        super().__init__(accelerator, model, optimizer, **settings)
         if accelerator.num_processes > 1:
             for name in rows:  # as DDP does with what it averages
                 dist.broadcast(trained[name].data, src=0)
 
     @contextmanager
-    def whole(self) -> Iterator[M]:
-        yield self.module
+    def whole(self, averaged: bool = False) -> Iterator[M]:
+        state = self.optimizer.state
+        averages = {p: state[p][AVERAGE] for p in self.module.parameters() if averaged and AVERAGE in state.get(p, {})}
+        weights = {parameter: parameter.data for parameter in averages}
+        try:
+            for parameter, average in averages.items():
+                parameter.data = average
+            yield self.module
+        finally:
+            for parameter, weight in weights.items():
+                parameter.data = weight
 
     def close(self) -> M:
         self.accelerator.free_memory()
@@ -144,25 +192,30 @@ class Replicas(Engine[M]):
 class Split(Engine[M]):
     """The weights, or what the optimizer keeps of them, are spread over the ranks; a whole copy waits on the CPU."""
 
-    def __init__(self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None) -> None:
+    def __init__(self, accelerator: Accelerator, model: M, optimizer: Optimizer, **settings: Any) -> None:
         self.copy = copy.deepcopy(model).cpu()
-        super().__init__(accelerator, model, optimizer, clip_norm)
+        super().__init__(accelerator, model, optimizer, **settings)
 
     @abstractmethod
-    def gather(self, parameter: nn.Parameter) -> Tensor:
+    def gather(self, parameter: nn.Parameter, averaged: bool) -> Tensor:
         """All of a parameter that is trained, in fp32."""
 
-    def _copied(self) -> M:
+    def _copied(self, averaged: bool = False) -> M:
         with torch.no_grad():
             for ours, theirs in zip(self.copy.parameters(), self.module.parameters(), strict=True):
                 if ours.requires_grad:
-                    ours.copy_(self.gather(theirs))
+                    ours.copy_(self.gather(theirs, averaged))
         return self.copy
 
     @contextmanager
-    def whole(self) -> Iterator[M]:
-        yield self._copied().to(self.accelerator.device)
+    def whole(self, averaged: bool = False) -> Iterator[M]:
+        yield self._copied(averaged).to(self.accelerator.device)
         self.copy.cpu()
+
+    def _weights(self, kept: Tensor, averaged: bool) -> Tensor:
+        """What is kept here of some weights, or of their average."""
+        average = self.own_optimizer.state.get(kept, {}).get(AVERAGE) if averaged else None
+        return (kept if average is None else average).detach()
 
     def close(self) -> M:
         model = self._copied()
@@ -177,25 +230,32 @@ class Fsdp2(Split[M]):
         with autocast(self.accelerator):  # which Accelerate adds under DDP only
             return self.model(*inputs)
 
-    def gather(self, parameter: nn.Parameter) -> Tensor:
-        return _whole(parameter.detach())
+    def gather(self, parameter: nn.Parameter, averaged: bool) -> Tensor:
+        return _whole(self._weights(parameter, averaged))
 
 
 class Zero(Split[M]):
     """DeepSpeed's ZeRO 1, 2 and 3: its engine averages, clips and steps."""
 
-    def __init__(self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None) -> None:
+    def __init__(
+        self, accelerator: Accelerator, model: M, optimizer: Optimizer, clip_norm: float | None, **settings: Any
+    ) -> None:
         # Our AdamW is not on DeepSpeed's list; the tests vouch for it.
         logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
         accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = clip_norm or 0.0
-        super().__init__(accelerator, model, optimizer, clip_norm)
+        super().__init__(accelerator, model, optimizer, **settings)
         self.places = places(self.model.optimizer)
         # DeepSpeed makes its fp32 weights of those that it has just rounded to the model's precision.
         for ours, theirs in zip(self.copy.parameters(), self.module.parameters(), strict=True):
             if (place := self.places.get(theirs)) is not None:
                 place.scatter(ours.detach().to(accelerator.device), place.flat.detach())
 
-    def step(self) -> Stepped:
+    @property
+    def own_optimizer(self) -> Optimizer:
+        own: Optimizer = self.model.optimizer.optimizer
+        return own
+
+    def _step(self) -> Stepped:
         zero = self.model.optimizer
         parts = averaged_parts(zero).values()
         square = torch.stack([part.double().square().sum() for part in parts]).sum()
@@ -207,19 +267,17 @@ class Zero(Split[M]):
         norm = torch.full_like(norm, math.inf) if zero.overflow else norm
         return Stepped(norm, torch.full_like(norm, zero.loss_scale))
 
-    def gather(self, parameter: nn.Parameter) -> Tensor:
+    def gather(self, parameter: nn.Parameter, averaged: bool) -> Tensor:
         place = self.places[parameter]
-        return place.gather(place.flat.detach())
+        return place.gather(self._weights(place.flat, averaged))
 
     def moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, parameter in self.module.named_parameters():
-            if (place := self.places.get(parameter)) and (
-                state := self.model.optimizer.optimizer.state.get(place.flat)
-            ):
+            if (place := self.places.get(parameter)) and (state := self.own_optimizer.state.get(place.flat)):
                 yield name, {key: value if key == "step" else place.gather(value) for key, value in state.items()}
 
     def restore(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        optimizer = self.model.optimizer.optimizer
+        optimizer = self.own_optimizer
         group = optimizer.param_groups[0]  # all are fused, or none
         for name, parameter in self.module.named_parameters():
             if name in moments and (place := self.places.get(parameter)):
@@ -265,16 +323,18 @@ def start_engine(
     accelerator: Accelerator,
     model: M,
     optimizer: Optimizer,
-    clip_norm: float | None,
-    apart: Sequence[str],
-    rows: Collection[str],
+    clip_norm: float | None = None,
+    average: Average | None = None,
+    apart: Sequence[str] = (),
+    rows: Collection[str] = (),
 ) -> Engine[M]:
     """The engine that the launcher asked for; `apart` names submodules that not every step goes through, `rows`
     parameters whose gradients surgery averages in every step.
     """
+    settings: dict[str, Any] = {"clip_norm": clip_norm, "average": average}
     if accelerator.distributed_type == DistributedType.FSDP:
-        return Fsdp2(accelerator, model, optimizer, clip_norm)
+        return Fsdp2(accelerator, model, optimizer, **settings)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         split_groups(optimizer, model, *apart)
-        return Zero(accelerator, model, optimizer, clip_norm)
-    return Replicas(accelerator, model, optimizer, clip_norm, rows)
+        return Zero(accelerator, model, optimizer, **settings)
+    return Replicas(accelerator, model, optimizer, rows, **settings)

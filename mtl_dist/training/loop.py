@@ -149,11 +149,11 @@ def train_step(run: Run, trainer: Trainer, step: int, draws: list[Draw], batches
                 for batch in batches_of_task:
                     last, rows = batch is batches_of_task[-1], 0 if batch.filler else len(batch.rows)
                     with enough_for(batch, run.done + 1), surgery.micro_batch(last, rows) as backward:
-                        loss_N = task.losses(trainer.engine.forward, batch)
+                        loss_N = stage.objective.losses(task, trainer.engine.forward, batch)
                         backward(loss_N.sum() * scale)
                     of_rows.append((batch, loss_N.detach()))
     with part("optimizer"):
-        stepped = trainer.engine.step()
+        stepped = trainer.engine.step(step)
     run.done += 1
     books.add(trainer, (task for task, _ in draws), of_rows, stepped)
 

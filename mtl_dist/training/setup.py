@@ -6,28 +6,30 @@ from fractions import Fraction
 from itertools import count, takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtl_dist.checkpoint import Checkpoint, RunLock
 from mtl_dist.config import UserError
-from mtl_dist.data.batches import RowStream, TrainBatches, TrainRows
+from mtl_dist.data.batches import Hiding, RowStream, TrainBatches, TrainRows
 from mtl_dist.data.mixer import Order
 from mtl_dist.data.prepare import Split, train_rows_in_dev
-from mtl_dist.data.tokenizer import load_tokenizer
+from mtl_dist.data.tokenizer import checkpoint_folder, load_tokenizer
 from mtl_dist.distributed import describe, engine_name, first_then_others, on_one, refuse_differences
 from mtl_dist.experiment import Experiment, Stage
 from mtl_dist.model.multitask import MultiTaskModel
-from mtl_dist.model.weights import build_encoder
+from mtl_dist.model.weights import build_encoder, load_words
 from mtl_dist.optim import build_optimizer
 from mtl_dist.surgery.combiners import Sum
 from mtl_dist.surgery.surgery import Surgery, by_layer, groups_of
+from mtl_dist.tasks import HiddenWordsLoss
 from mtl_dist.training.engine import Engine, start_engine
 from mtl_dist.training.folder import Splits, start_run_folder
 from mtl_dist.training.resume import (
@@ -160,10 +162,14 @@ def load_data(config: Experiment, tokenizer: Tokenizer, console: Console, checke
 def build_model(config: Experiment, tokenizer: Tokenizer, device_type: str) -> MultiTaskModel:
     """The model, after checking that every stage can train its tasks."""
     torch.manual_seed(config.seed)
-    model = MultiTaskModel(build_encoder(config.encoder, tokenizer), config.tasks)
+    finds_words = any(stage.finds_words for stage in config.all_stages())
+    model = MultiTaskModel(build_encoder(config.encoder, tokenizer), config.tasks, finds_words)
+    if model.words is not None and config.encoder.from_ is not None:
+        load_words(model.words, checkpoint_folder(config.encoder.from_))
     for stage in config.all_stages():
+        hiding(config, stage, tokenizer)
         stage_optimizer(model, stage, device_type)
-        reached = {name for task in stage.tasks for name, p in model.reached_by(task) if p.requires_grad}
+        reached = {name for name, parameter in reached_in(model, stage) if parameter.requires_grad}
         shared = [name for name in reached if name.startswith(f"{SHARED}.")]
         try:
             groups_of(shared, stage.gradients, by_layer(shared, (f"{SHARED}.",)))
@@ -172,14 +178,35 @@ def build_model(config: Experiment, tokenizer: Tokenizer, device_type: str) -> M
     return model
 
 
+def reached_in(model: MultiTaskModel, stage: Stage) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that some task's forward pass goes through, with their names."""
+    for task in stage.tasks:
+        yield from model.reached_by(task, stage.finds_words)
+
+
+def hiding(config: Experiment, stage: Stage, tokenizer: Tokenizer) -> Hiding | None:
+    """How a stage hides words, if it does."""
+    if not isinstance(stage.objective, HiddenWordsLoss):
+        return None
+    mask = tokenizer.token_to_id("[MASK]")
+    if mask is None:
+        raise UserError(f"{stage.label}objective: {config.encoder.tokenizer_source} has no [MASK] to hide words with")
+    tokens = tokenizer.get_vocab()
+    special = np.zeros(max(tokens.values()) + 1, dtype=np.bool_)
+    special[[tokens[word] for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if word in tokens]] = True
+    return Hiding(stage.objective.share, mask, special, f"{config.seed}/{stage.number}")
+
+
 def stage_optimizer(model: MultiTaskModel, stage: Stage, device_type: str) -> Optimizer:
     """The optimizer of a stage; refuses a task that would change no parameter."""
+    others = "heads." if stage.finds_words else "words."
+    idle = [name for name, _ in model.named_parameters() if name.startswith(others)]
     try:
-        optimizer = build_optimizer(model.named_parameters(), stage.optim, device_type, stage.trains)
+        optimizer = build_optimizer(model.named_parameters(), stage.optim, device_type, stage.trains, idle)
     except UserError as error:
         raise UserError(f"{stage.label}{error}") from None
     for name in stage.tasks:
-        if not any(parameter.requires_grad for _, parameter in model.reached_by(name)):
+        if not any(parameter.requires_grad for _, parameter in model.reached_by(name, stage.finds_words)):
             raise UserError(
                 f"{stage.label}task '{name}' has nothing to train: "
                 "trains and optim.rules freeze the encoder and all of its head"
@@ -207,7 +234,15 @@ def start_stage(run: Run, stage: Stage) -> Trainer:
     optimizer = stage_optimizer(run.model, stage, accelerator.device.type)
     shared = [name for name, p in run.model.named_parameters() if p.requires_grad and name.startswith(f"{SHARED}.")]
     rows = shared if stage.gradients.always_apart else []
-    engine = start_engine(accelerator, run.model, optimizer, stage.gradients.clip_norm, run.model.apart(), rows)
+    engine = start_engine(
+        accelerator,
+        run.model,
+        optimizer,
+        clip_norm=stage.gradients.clip_norm,
+        average=stage.optim.average,
+        apart=run.model.apart(),
+        rows=rows,
+    )
     if stage.carry_moments:
         engine.restore({name: run.carried[p] for name, p in run.model.named_parameters() if p in run.carried})
     settings = stage.gradients.of_surgery()
@@ -221,12 +256,19 @@ def start_stage(run: Run, stage: Stage) -> Trainer:
         engine.restore_scaling(run.resumed.state["scaling"])
         surgery.state = run.resumed.state["combiner"]
     rank, world = accelerator.process_index, accelerator.num_processes
-    batches = train_batches(run.config, stage, order, run.splits["train"], rank, world)
+    hidden = hiding(run.config, stage, run.tokenizer)
+    batches = train_batches(run.config, stage, order, run.splits["train"], rank, world, hidden)
     return Trainer(stage, order, batches, optimizer, engine, surgery)
 
 
 def train_batches(
-    config: Experiment, stage: Stage, order: Order, splits: Mapping[str, Split], rank: int, world: int
+    config: Experiment,
+    stage: Stage,
+    order: Order,
+    splits: Mapping[str, Split],
+    rank: int,
+    world: int,
+    hidden: Hiding | None = None,
 ) -> TrainBatches:
     """This rank's batches of a stage."""
     rows = {
@@ -235,11 +277,11 @@ def train_batches(
             RowStream(len(splits[name]), config.seed, stage.number, name, task.subsample),
             task.batch_size,
             config.length_window,
-            task.copies,
+            1 if stage.finds_words else task.copies,
         )
         for name, task in stage.tasks.items()
     }
-    return TrainBatches(rows, order, rank, world, stage.gradients.accumulation, stage.gradients.max_tokens)
+    return TrainBatches(rows, order, rank, world, stage.gradients.accumulation, stage.gradients.max_tokens, hidden)
 
 
 def evaluation_steps(config: Experiment, order: Order) -> Iterator[int]:

@@ -5,6 +5,7 @@ python -m pytest tests/studies/test_cost.py
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,6 +35,7 @@ def cost(engine: EngineName, precision: Precision = "fp32", ranks: int = 4, **gr
     return cost_of(WORK, GradientsConfig.model_validate(gradients), engine, precision, ranks)
 
 
+AVERAGED = "optim.average={decay: 0.9}"
 SURGERY: dict[str, Any] = {"combiner": {"kind": "pcgrad"}}
 
 
@@ -176,6 +178,7 @@ CASES = [
         ("ddp", "fp32", [], []),
         ("ddp", "fp32", [PCGRAD], []),
         ("ddp", "bf16", [PCGRAD, "gradients.reduce=reduce_scatter", "gradients.buffer_dtype=bf16"], []),
+        ("ddp", "fp32", [AVERAGED], []),
         ("zero1", "fp32", [], pytest.mark.long),
         ("zero1", "bf16", [PCGRAD], []),
         ("zero2", "fp32", [], pytest.mark.long),
@@ -184,6 +187,7 @@ CASES = [
         ("zero3", "fp32", [PCGRAD], []),
         ("fsdp2", "bf16", [], pytest.mark.long),
         ("fsdp2", "fp32", [PCGRAD], []),
+        ("fsdp2", "fp32", [PCGRAD, AVERAGED], []),
     )
 ]
 
@@ -194,11 +198,13 @@ def test_ranks_send_and_hold_what_was_planned(
 ) -> None:
     overrides = [*LAST, *surgery, f"precision={precision}", "steps=3"]
     ranks = on_ranks(2, costs, engine, tiny, *overrides)
-    gradients: dict[str, Any] = dict(SURGERY) if surgery else {}
-    for key, value in (setting.removeprefix("gradients.").split("=") for setting in surgery[1:]):
-        gradients[key] = value
+    gradients: dict[str, Any] = dict(SURGERY) if PCGRAD in surgery else {}
+    for key, value in (setting.removeprefix("gradients.").split("=", 1) for setting in surgery):
+        if key in ("reduce", "buffer_dtype"):
+            gradients[key] = value
     everything = ENCODER + HEADS
     work = Work(everything, 2 * 8544, everything, ENCODER, ENCODER, tasks=3, micro_batches=3)
+    work = replace(work, moments=3 if AVERAGED in surgery else 2)
     planned = cost_of(work, GradientsConfig.model_validate(gradients), engine, precision, 2)
     sent = sum(sent for sent, _ in ranks) / 2
     if engine == "zero3":  # which keeps the last layer, large here, from its forward pass to its backward pass

@@ -61,6 +61,8 @@ def afresh(config: Path) -> None:
         # Saved right after a surgery, whose weights the next steps go on with.
         (2, "ddp", [PCGRAD, "gradients.every=5", "gradients.between=held", "mixer={kind: uniform}"]),
         (2, "fsdp2", [PCGRAD, "mixer={kind: uniform}"]),
+        (1, "ddp", ["optim.average={decay: 0.7}", "tasks.mood.r_drop=1", "mixer={kind: uniform}"]),
+        pytest.param(2, "zero2", ["optim.average={decay: 0.7}"], marks=pytest.mark.long),
         pytest.param(2, "zero1", [PCGRAD, "mixer={kind: uniform}", "precision=bf16"], marks=pytest.mark.long),
         pytest.param(2, "zero2", [PCGRAD, "mixer={kind: uniform}"], marks=pytest.mark.long),
         (2, "zero3", [PCGRAD, "mixer={kind: uniform}", "precision=bf16"]),

@@ -128,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("csv", "tsv", "jsonl", "cs224n"),
         help="of --out, whose suffix tells by default; cs224n: `id, Predicted_Label`, with the blanks",
     )
+    sub.add_argument(
+        "--probabilities", action="store_true", help="of the classes as well, as columns; JSON lines have them always"
+    )
 
     config(command("prepare", _prepare, "check and tokenise an experiment's data, so that training starts at once"))
 
@@ -258,6 +261,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         arguments.format,
         arguments.out_format,
         arguments.overwrite,
+        arguments.probabilities,
     )
     if _is_first_rank():
         _write(f"{out}: {predicted:,} predictions")

@@ -186,11 +186,15 @@ def _most_wrong(task: TaskConfig, analysis: Analysis, most: int) -> Iterator[str
 
 
 def _labels(row: WrongRow, analysis: Analysis) -> list[str]:
-    labels = [str(row.gold), "no number" if row.prediction is None else str(row.prediction)]
+    labels = ["no number" if label is None else _shown_label(label) for label in (row.gold, row.prediction)]
     if analysis.calibration is None:
         return labels
     by_class = row.probabilities or {}
     return [*labels, *(f"{by_class[label]:.4f}" if label in by_class else "" for label in labels)]
+
+
+def _shown_label(label: str | int | float) -> str:
+    return f"{label:.4g}" if isinstance(label, float) else str(label)
 
 
 def _confusion(names: list[str], analysis: Analysis) -> Iterator[str]:
@@ -241,7 +245,7 @@ def draw_confusion(path: Path, names: list[str], about: About, analysis: Analysi
     """Which class is taken for which: rows, and their share of the gold class."""
     counts = np.array(analysis.scores["confusion"])
     of_gold = counts / counts.sum(axis=1, keepdims=True).clip(1)
-    side = min(2.0 + 0.62 * len(names), 14.0)
+    side = min(2.0 + 0.62 * len(names), 12.0)
     figure, (ax,) = new_chart(side + 1.2, side)
     image = ax.imshow(of_gold, cmap="Blues", vmin=0, vmax=1)
     ax.grid(False)
@@ -277,7 +281,7 @@ def draw_reliability(path: Path, about: About, calibration: Calibration) -> None
     # An interval need not hold a share of 0 or 1 but for rounding.
     spread = np.stack([accuracy - lows, highs - accuracy]).clip(min=0)
     above.errorbar(confidence, accuracy, spread, fmt="o-", color=COLOURS[0], ecolor=COLOURS[5], label="bins, 95 %")
-    above.set(xlim=(0, 1), ylim=(0, 1.03))
+    above.set(xlim=(0, 1), ylim=(-0.03, 1.03))
     above.set_ylabel("accuracy", color=INK)
     above.legend(frameon=False, fontsize=8, loc="upper left")
     below.bar([b.above for b in bins], [b.rows for b in bins], [b.up_to - b.above for b in bins], align="edge",

@@ -48,8 +48,8 @@ def shown_measured(score: Measured) -> str:
     return shown_score(score.value) + (f" ({_interval(score)})" if score.low is not None else "")
 
 
-def _interval(score: Measured) -> str:
-    return "" if score.low is None or score.high is None else f"{score.low:.4f} to {score.high:.4f}"
+def _interval(score: Measured, digits: int = 4) -> str:
+    return "" if score.low is None or score.high is None else f"{score.low:.{digits}f} to {score.high:.{digits}f}"
 
 
 def _of_calibration(calibration: Calibration) -> str:
@@ -92,7 +92,7 @@ _TEXTS = ("slice", "95 %", "", "score", "gold", "prediction", "id", "pearson")  
 # ---------------------------------------------------------------------------------------------------------- the screen
 
 
-def tables(about: About, analysis: Analysis, files: Iterable[Path]) -> Iterator[Table | str]:
+def tables(about: About, analysis: Analysis, files: Sequence[Path]) -> Iterator[Table | str]:
     """What a person reads first: the score, the calibration, the slices from the worst on, where the files are."""
     scores = f"{analysis.measure} {shown_measured(analysis.score)}"
     if analysis.pearson is not None:
@@ -104,14 +104,24 @@ def tables(about: About, analysis: Analysis, files: Iterable[Path]) -> Iterator[
         yield escape(_of_threshold(analysis))
     if about.no_number is not None:
         yield escape(about.no_number)
-    table = plain_table(*_heads(analysis), texts=_TEXTS)
+    of_regression = [] if analysis.pearson is None else ["pearson"]
+    head = ["slice", "rows", "error" if of_regression else "accuracy", "95 %", "the rest", *of_regression, ""]
+    table = plain_table(*head, texts=("slice", "95 %", ""))
     for each in sorted(analysis.slices, key=_badness, reverse=True)[:MOST_SLICES]:
-        table.add_row(*map(escape, _cells(each)))
+        table.add_row(*map(escape, _on_screen(each)))
     if len(analysis.slices) > MOST_SLICES:
         table.add_row(f"... {len(analysis.slices) - MOST_SLICES} more")
     if analysis.slices:
         yield table
-    yield escape("\n".join(map(str, files)))
+    yield escape(f"{files[0].parent}: {', '.join(path.name for path in files)}")
+
+
+def _on_screen(each: SliceScore) -> list[str]:
+    """As few letters as 80 columns have room for."""
+    pearson = [] if each.pearson is None else [each.pearson.value]
+    numbers = ["" if value is None else f"{value:.3f}" for value in (each.score.value, each.rest, *pearson)]
+    numbers.insert(1, _interval(each.score, 3))
+    return [f"{each.kind}: {each.name}", f"{each.rows:,}", *numbers, "worse" if each.worse else ""]
 
 
 def _badness(each: SliceScore) -> float:

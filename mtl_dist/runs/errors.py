@@ -73,7 +73,7 @@ def errors_of_run(
                 no_number=lost,
                 skipped_rows=split.num_rejected,
             )
-            return write_errors(into, task, about, analyse(task, split, _examples(task, split), predicted), most)
+            return write_errors(into, task, about, analyse(task, split, examples_of(task, split), predicted), most)
 
         return on_one(accelerator, write)
 
@@ -96,7 +96,7 @@ def _refuse_unlabelled(config: Experiment, name: str, split_name: SplitName, sou
         )
 
 
-def _examples(task: TaskConfig, split: Split) -> list[Example]:
+def examples_of(task: TaskConfig, split: Split) -> list[Example]:
     """The rows of a split with their texts, which it does not keep."""
     examples = [row for row in checked_rows(task.reading(), split.source) if isinstance(row, Example)]
     read = np.array([digest(example.sentences) for example in examples], dtype=np.uint64)

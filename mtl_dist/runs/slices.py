@@ -81,7 +81,7 @@ def _by_length(words: Words) -> Iterator[Slice]:
 
 def _by_negation(words: Words) -> Iterator[Slice]:
     negated = np.array([sum(map(is_negated, sentences)) for sentences in words])
-    names = ["none", "there is one"] if len(words[0]) == 1 else ["in no sentence", "in one sentence", "in both"]
+    names = ["none", "some"] if len(words[0]) == 1 else ["in neither", "in one", "in both"]
     for count, name in enumerate(names):
         yield Slice("negation", name, negated == count)
 
@@ -89,7 +89,7 @@ def _by_negation(words: Words) -> Iterator[Slice]:
 def _by_contrast(words: Words) -> Iterator[Slice]:
     there = np.array([not CONTRASTS.isdisjoint(sentence) for (sentence,) in words])
     yield Slice("contrast", "none", ~there)
-    yield Slice("contrast", "there is one", there)
+    yield Slice("contrast", "some", there)
 
 
 def _by_overlap(words: Words) -> Iterator[Slice]:

@@ -53,9 +53,9 @@ def test_slices_of_single_sentences() -> None:
         "length: 4 words": [2],
         "length: 5 words": [3],
         "negation: none": [0, 2],
-        "negation: there is one": [1, 3],
+        "negation: some": [1, 3],
         "contrast: none": [0, 1],
-        "contrast: there is one": [2, 3],
+        "contrast: some": [2, 3],
         "label: bad": [1],
         "label: good": [0, 2, 3],  # so so has no row
     }
@@ -73,8 +73,8 @@ def test_slices_of_pairs() -> None:
         "length: 4 words": [3],
         "length: 6 words": [0],
         "length: 7 words": [1, 2],
-        "negation: in no sentence": [0, 1],
-        "negation: in one sentence": [2],
+        "negation: in neither": [0, 1],
+        "negation: in one": [2],
         "negation: in both": [3],
         "overlap: 0 to 0.25": [3],
         "overlap: 0.25 to 0.5": [2],

@@ -128,6 +128,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=("csv", "tsv", "jsonl", "cs224n"),
         help="of --out, whose suffix tells by default; cs224n: `id, Predicted_Label`, with the blanks",
     )
+    sub.add_argument(
+        "--probabilities", action="store_true", help="of the classes as well, as columns; JSON lines have them always"
+    )
+
+    sub = command("errors", _errors, "say where a run's best model is wrong: which rows, and which kinds of rows")
+    run_folder(sub)
+    overrides(sub)
+    sub.add_argument("--task", required=True)
+    sub.add_argument("--split", choices=("dev", "test"), default="dev")
+    sub.add_argument("--most", type=int, metavar="N", default=50, help="rows on the page; all are in errors.jsonl")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where to write; by default RUN/errors/TASK-SPLIT")
+    as_json(sub)
 
     config(command("prepare", _prepare, "check and tokenise an experiment's data, so that training starts at once"))
 
@@ -258,11 +270,29 @@ def _predict(arguments: argparse.Namespace) -> None:
         arguments.format,
         arguments.out_format,
         arguments.overwrite,
+        arguments.probabilities,
     )
     if _is_first_rank():
         _write(f"{out}: {predicted:,} predictions")
         for remark in remarks:
             print(remark, file=sys.stderr)
+
+
+def _errors(arguments: argparse.Namespace) -> None:
+    from mtl_dist.runs.error_page import tables
+    from mtl_dist.runs.errors import errors_of_run
+    from mtl_dist.runs.story import config_of
+
+    folder = arguments.run_folder
+    config = config_of(folder, arguments.overrides)
+    found = errors_of_run(config, folder, arguments.task, arguments.split, arguments.most, arguments.out)
+    if not _is_first_rank():
+        return
+    if arguments.json:
+        _write(json.dumps(found.as_json(), indent=2))
+    else:
+        for part in tables(found.about, found.analysis, found.files):
+            _print(part)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

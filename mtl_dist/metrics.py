@@ -1,4 +1,5 @@
-"""How good the predictions are: one score per metric, and the two overall scores that the reports disagree on.
+"""How good the predictions are: one score per metric, and the two overall scores that the reports disagree on; how far
+a score can be trusted, and how far a model's own probabilities.
 
 A correlation is None where it is undefined; nothing here ever returns NaN. A prediction may be NaN, where the model
 gave no number: it is wrong as a label, and no correlation is defined with it.
@@ -6,6 +7,8 @@ gave no number: it is wrong as a label, and no correlation is defined with it.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 CORRELATIONS = ("pearson", "spearman")
 OVERALL = {"overall_a": "mean, correlations as (r+1)/2", "overall_b": "mean"}
+Z_95 = NormalDist().inv_cdf(0.975)  # so many standard errors to either side hold 95 %
+ECE_BINS = 15  # as in Guo et al. 2017
 
 
 def evaluate(
@@ -85,6 +90,78 @@ def mse(pred: ArrayLike, gold: ArrayLike) -> float | None:
     pred, gold = _pair(pred, gold)
     error = float(np.mean((pred.astype(np.float64) - gold) ** 2))
     return error if math.isfinite(error) else None
+
+
+def accuracy_interval(right: int, rows: int) -> tuple[float, float]:
+    """95 % interval of an accuracy (Wilson 1927): stays within 0 and 1, and has a width where all rows are right."""
+    share, extra = right / rows, Z_95**2 / rows
+    middle = share + extra / 2
+    half = math.sqrt(extra * (share * (1 - share) + extra / 4))
+    return max((middle - half) / (1 + extra), 0.0), min((middle + half) / (1 + extra), 1.0)
+
+
+def mean_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
+    """95 % interval of a mean, as the normal distribution has it; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    half = Z_95 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def pearson_interval(r: float, rows: int) -> tuple[float, float] | None:
+    """95 % interval of a linear correlation (Fisher 1921); None for fewer than four rows."""
+    if rows < 4:
+        return None
+    if abs(r) == 1:
+        return r, r
+    half = Z_95 / math.sqrt(rows - 3)
+    return math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The rows whose prediction is as sure as this: more than `above`, at most `up_to`."""
+
+    above: float
+    up_to: float
+    rows: int
+    confidence: float  # on average
+    accuracy: float
+
+
+def reliability(confidence: NDArray[np.float64], right: NDArray[np.bool_], bins: int = ECE_BINS) -> list[Bin]:
+    """Accuracy against confidence, in equal bins of the confidence; those without rows are left out."""
+    edges = np.linspace(0, 1, bins + 1)
+    bin_of = np.searchsorted(edges, confidence, side="left") - 1
+    return [
+        Bin(
+            float(edges[i]),
+            float(edges[i + 1]),
+            int((bin_of == i).sum()),
+            float(confidence[bin_of == i].mean()),
+            float(right[bin_of == i].mean()),
+        )
+        for i in np.unique(bin_of).tolist()
+    ]
+
+
+def ece(bins: list[Bin]) -> float:
+    """Expected calibration error (Guo et al. 2017): how far accuracy and confidence are apart, on average over rows."""
+    return sum(b.rows * abs(b.accuracy - b.confidence) for b in bins) / sum(b.rows for b in bins)
+
+
+def best_threshold(p_yes: NDArray[np.float64], gold: NDArray[np.float64]) -> tuple[float, int]:
+    """The threshold above which a probability had best meant yes, and how many rows are right then.
+
+    It lies midway between two rows; among equally good ones it is the nearest to 0.5.
+    """
+    thresholds = np.convolve(np.concatenate([[0.0], np.unique(p_yes), [1.0]]), [0.5, 0.5], mode="valid")
+    thresholds = np.append(thresholds, 0.5)
+    of_no, of_yes = (np.sort(p_yes[gold == label]) for label in (0, 1))
+    right = np.searchsorted(of_no, thresholds, side="right") + len(of_yes)
+    right -= np.searchsorted(of_yes, thresholds, side="right")
+    best = max(range(len(thresholds)), key=lambda i: (right[i], -abs(thresholds[i] - 0.5)))
+    return float(thresholds[best]), int(right[best])
 
 
 def _pair(pred: ArrayLike, gold: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:

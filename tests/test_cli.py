@@ -1,5 +1,6 @@
 """The command as a shell sees it: exit codes, and one line where the user got something wrong."""
 
+import csv
 import json
 import os
 import platform
@@ -192,6 +193,7 @@ def test_from_training_to_predictions(tiny: Path, capsys: pytest.CaptureFixture[
     header, *lines = outputs[0].splitlines()
     assert header == "id,prediction"
     predictions = [json.loads(line) for line in outputs[2].splitlines()]
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=2e-6) for row in predictions)
     assert lines == [f"{row['id']},{row['prediction']}" for row in predictions]
     assert [row["id"] for row in predictions] == [f"mood{i}" for i in range(5)]
     gold = [int(label) for _, _, label in rows[1:]]
@@ -209,7 +211,7 @@ def test_from_training_to_predictions(tiny: Path, capsys: pytest.CaptureFixture[
     assert "the file to read; choose another" in refused(
         capsys, "predict", run, "--task", "mood", labelled, "--out", labelled
     )
-    assert "has no task 'mod'; it has mood, same, near" in refused(
+    assert "has no task 'mod'; it has mood, same, near; did you mean 'mood'?" in refused(
         capsys, "predict", run, "--task", "mod", labelled, "--out", tiny.parent / "x.csv"
     )
 
@@ -229,6 +231,25 @@ def test_predictions(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main([*command, "--overwrite", "--out-format", "cs224n"]) == 0
     assert out.read_text() == named.replace(",", ", ").replace("id, prediction", "id, Predicted_Label")
     assert main([*command[:-1], "/dev/null"]) == 0
+    assert main([*command, "--overwrite", "--probabilities"]) == 0
+    with out.open(newline="") as lines:
+        read = list(csv.DictReader(lines))
+    assert [row["id"] + "," + row["prediction"] for row in read] == named.splitlines()[1:]
+    for row in read:
+        of_classes = [float(row[f"p_{label}"]) for label in range(3)]
+        assert sum(of_classes) == pytest.approx(1, abs=2e-6)
+        assert of_classes[int(row["prediction"])] == max(of_classes)
+    capsys.readouterr()
+    assert refused(capsys, *command, "--overwrite", "--probabilities", "--out-format", "cs224n") == (
+        "--probabilities: the format cs224n has no place for them; choose csv, tsv or jsonl\n"
+    )
+    assert refused(capsys, *command, "--overwrite", "--probabilities", "--task", "near") == (
+        "--probabilities: task 'near' predicts a number, and has no classes to give them of\n"
+    )
+    assert refused(capsys, *command, "--overwrite", "--probabilities", "--task", "same", "tasks.same.loss=l1") == (
+        "--probabilities: task 'same' was trained with the loss l1, whose outputs are none; "
+        "those of cross_entropy and bce are\n"
+    )
 
     # Without the id column the rows go by their lines.
     for suffix, nameless in (

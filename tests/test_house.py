@@ -21,7 +21,7 @@ HOUSE = """
     tasks
     experiment
     training: engine scores resume folder setup books loop
-    runs: story predict
+    runs: story predict slices analysis error_page errors
     studies: cost plan jobs
     cli
 """  # from the ground up; within a line, and so within a room, from left to right

@@ -10,7 +10,22 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from mtl_dist.metrics import accuracy, confusion_matrix, evaluate, macro_f1, mse, overall, pearson, spearman
+from mtl_dist.metrics import (
+    accuracy,
+    accuracy_interval,
+    best_threshold,
+    confusion_matrix,
+    ece,
+    evaluate,
+    macro_f1,
+    mean_interval,
+    mse,
+    overall,
+    pearson,
+    pearson_interval,
+    reliability,
+    spearman,
+)
 
 # Few distinct whole numbers, so that ties are common.
 columns = st.integers(2, 30).flatmap(lambda n: st.tuples(*[st.lists(st.integers(-5, 5), min_size=n, max_size=n)] * 2))
@@ -149,6 +164,54 @@ def test_overall_scores_reproduce_the_published_rows() -> None:
 def test_an_undefined_score_counts_as_zero() -> None:
     scores = overall({"sst": ("macro_f1", 0.5), "sts": ("spearman", None)})
     assert scores == {"overall_a": 0.5, "overall_b": 0.25}  # r = 0 is 0.5 on the scale of A
+
+
+@pytest.mark.parametrize(("right", "rows"), [(0, 1), (1, 1), (0, 40), (40, 40), (3, 7), (500, 2000)])
+def test_the_interval_of_an_accuracy_is_wilsons(right: int, rows: int) -> None:
+    expected = stats.binomtest(right, rows).proportion_ci(method="wilson")
+    assert accuracy_interval(right, rows) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_intervals_of_means_and_correlations() -> None:
+    rng = np.random.default_rng(0)
+    values, others = rng.normal(size=(2, 30))
+    expected = stats.norm.interval(0.95, values.mean(), stats.sem(values))
+    assert mean_interval(values) == pytest.approx(expected)
+    assert mean_interval(values[:1]) is None
+    found = stats.pearsonr(values, values + others)
+    interval = found.confidence_interval()
+    assert pearson_interval(found.statistic, 30) == pytest.approx((interval.low, interval.high))
+    assert pearson_interval(0.5, 3) is None
+    assert pearson_interval(-1.0, 4) == (-1, -1)
+
+
+def test_calibration_error_by_hand() -> None:
+    confidence = np.array([0.2, 0.18, 0.5, 0.52, 0.9, 0.9, 0.9, 1.0])
+    right = np.array([True, False, True, True, True, False, False, True])
+    bins = reliability(confidence, right)
+    # A fifteenth is 0.0667: 0.2 ends a bin, 14/15 = 0.933 ends the last but one.
+    assert [(b.rows, round(b.above * 15), round(b.up_to * 15)) for b in bins] == [(2, 2, 3), (2, 7, 8), (3, 13, 14),
+                                                                              (1, 14, 15)]  # fmt: skip
+    assert [b.confidence for b in bins] == pytest.approx([0.19, 0.51, 0.9, 1])
+    assert [b.accuracy for b in bins] == pytest.approx([0.5, 1, 1 / 3, 1])
+    assert ece(bins) == pytest.approx((2 * 0.31 + 2 * 0.49 + 3 * (0.9 - 1 / 3) + 0) / 8)
+
+
+def test_the_best_threshold_by_hand() -> None:
+    # Above 0.45 three of four are right; above 0.25 all are.
+    assert best_threshold(np.array([0.1, 0.2, 0.3, 0.9]), np.array([0.0, 0, 1, 1])) == (pytest.approx(0.25), 4)
+    assert best_threshold(np.array([0.1, 0.8]), np.array([0.0, 1])) == (0.5, 2)  # no other is better
+    assert best_threshold(np.array([0.1, 0.8]), np.array([1.0, 1])) == (pytest.approx(0.05), 2)
+    assert best_threshold(np.array([0.1, 0.8]), np.array([0.0, 0])) == (pytest.approx(0.9), 2)
+    assert best_threshold(np.array([0.7, 0.7, 0.7]), np.array([0.0, 0, 1])) == (pytest.approx(0.85), 2)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 1)), min_size=1, max_size=20))
+def test_no_threshold_is_better(rows: list[tuple[int, int]]) -> None:
+    p_yes, gold = np.array(rows, dtype=float).T / [[20], [1]]
+    threshold, right = best_threshold(p_yes, gold)
+    assert right == ((p_yes > threshold) == gold).sum()
+    assert right == max(((p_yes > each) == gold).sum() for each in [-1, *p_yes] if each >= 0 or p_yes.min() > 0)
 
 
 def test_metrics_import_nothing_heavy() -> None:

@@ -1,6 +1,7 @@
 """What a task predicts and how wrong it is: labels as users write them, and the losses that fit each kind of label.
 
-A head gives raw outputs; the loss alone knows what they mean, so it also turns them into predictions.
+A head gives raw outputs; the loss alone knows what they mean, so it also turns them into predictions, and into
+probabilities where they stand for some.
 """
 
 # Shape suffixes: N = examples, V = those of all ranks, O = outputs of the head (the number of classes or bins, else 1),
@@ -153,6 +154,7 @@ class LossConfig(Config):
 
     labels: ClassVar[tuple[str, ...]]  # the kinds of label it fits
     cosine_only: ClassVar[bool] = False
+    gives_probabilities: ClassVar[bool] = False  # of the classes; a number near 0 or 1 is none
 
     def outputs(self, label: Label) -> int:
         """How many outputs the head must have."""
@@ -170,6 +172,10 @@ class LossConfig(Config):
         """The predicted class, or the predicted number."""
         return (raw_NO[:, 0] > 0.5).long() if isinstance(label, Binary) else raw_NO[:, 0]
 
+    def probabilities(self, raw_NO: Tensor) -> Tensor:
+        """The probability of each class (N x classes), where the loss gives any."""
+        raise NotImplementedError
+
 
 class CrossEntropy(LossConfig):
     """Softmax over the classes."""
@@ -177,6 +183,7 @@ class CrossEntropy(LossConfig):
     kind: Literal["cross_entropy"]
     label_smoothing: Smoothing = 0.0
     labels: ClassVar = ("classification", "binary")
+    gives_probabilities: ClassVar = True
 
     def outputs(self, label: Label) -> int:
         assert not isinstance(label, Regression)
@@ -191,6 +198,9 @@ class CrossEntropy(LossConfig):
     def predict(self, raw_NO: Tensor, label: Label) -> Tensor:
         return raw_NO.argmax(dim=1)
 
+    def probabilities(self, raw_NO: Tensor) -> Tensor:
+        return raw_NO.double().softmax(dim=1)
+
 
 class Bce(LossConfig):
     """Binary cross-entropy; the output is a logit."""
@@ -198,6 +208,7 @@ class Bce(LossConfig):
     kind: Literal["bce"]
     label_smoothing: Smoothing = 0.0
     labels: ClassVar = ("binary",)
+    gives_probabilities: ClassVar = True
 
     def per_example(self, raw_NO: Tensor, gold_N: Tensor, label: Label) -> Tensor:
         smoothed_N = gold_N * (1 - self.label_smoothing) + self.label_smoothing / 2
@@ -209,6 +220,10 @@ class Bce(LossConfig):
 
     def predict(self, raw_NO: Tensor, label: Label) -> Tensor:
         return (raw_NO[:, 0] > 0).long()
+
+    def probabilities(self, raw_NO: Tensor) -> Tensor:
+        logits_N = raw_NO[:, 0].double()
+        return torch.stack([(-logits_N).sigmoid(), logits_N.sigmoid()], dim=1)  # of no, of yes
 
 
 class Mse(LossConfig):

@@ -1,6 +1,7 @@
 """A finished run's best model at work: scores of its dev or test sets, labels for the rows of a file."""
 
 import csv
+import difflib
 import json
 import math
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import BEST, MultiTaskModel, load_model
 from mtl_dist.model.objectives import Regression
 from mtl_dist.tasks import SplitName, TaskConfig
-from mtl_dist.training.scores import Scores, predict, score_all, without_number
+from mtl_dist.training.scores import Predicted, Scores, predict, score_all, without_number
 
 Written = Literal["csv", "tsv", "jsonl", "cs224n"]  # how predictions are; the last is `id, Predicted_Label`
 
@@ -35,6 +36,28 @@ def shown(task: TaskConfig, value: float) -> str | int | float | None:
     if task.label.names is not None:
         return task.label.names[int(value)]
     return int(value)
+
+
+def shown_probabilities(task: TaskConfig, probabilities_C: NDArray[np.float64]) -> dict[str, float] | None:
+    """The probabilities of a row's classes by their names or numbers; nothing where the model gave no number."""
+    if np.isnan(probabilities_C).any():
+        return None
+    return {name: round(float(p), 6) for name, p in zip(class_names(task), probabilities_C, strict=True)}
+
+
+def class_names(task: TaskConfig) -> list[str]:
+    """The classes of a task's label, by their names or numbers."""
+    assert not isinstance(task.label, Regression)
+    return task.label.names or [str(number) for number in range(task.label.classes)]
+
+
+def task_of(config: Experiment, folder: Path, name: str) -> TaskConfig:
+    """A task of a run; refuses a name that it has not."""
+    if name not in config.tasks:
+        close = difflib.get_close_matches(name, config.tasks, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise UserError(f"{folder} has no task '{name}'; it has {', '.join(config.tasks)}{hint}")
+    return config.tasks[name]
 
 
 def _opened_anew(path: Path) -> TextIO:
@@ -53,23 +76,34 @@ def written_by_suffix(path: Path) -> Written:
 
 
 def write_predictions(
-    path: Path, task: TaskConfig, split: Split, predictions: NDArray[np.float64], written: Written | None = None
+    path: Path, task: TaskConfig, split: Split, predicted: Predicted, written: Written | None = None
 ) -> None:
-    """A line for each row, under a header but in JSON; a label that is not there is empty, or null."""
+    """A line for each row, under a header but in JSON; what is not there is empty, or null.
+
+    The probabilities of the classes are written where there are any, and the format has a place for them.
+    """
     written = written or written_by_suffix(path)
     # A line break in a name would make two lines.
-    rows = [(" ".join(split.id(row).split()), shown(task, value)) for row, value in enumerate(predictions)]
+    rows = [(" ".join(split.id(row).split()), shown(task, value)) for row, value in enumerate(predicted.values)]
+    names: list[str] = []
+    of_classes: list[dict[str, float] | None] = [None] * len(rows)
+    if predicted.probabilities is not None:
+        names = class_names(task)
+        of_classes = [shown_probabilities(task, each_C) for each_C in predicted.probabilities]
     with refusing(f"cannot write {path}"), _opened_anew(path) as file:
         if written == "jsonl":
             for row, (name, label) in enumerate(rows):
-                file.write(json.dumps({"id": name, "line": split.line(row), "prediction": label}) + "\n")
+                more = {"probabilities": of_classes[row]} if names else {}
+                file.write(json.dumps({"id": name, "line": split.line(row), "prediction": label, **more}) + "\n")
         elif written == "cs224n":
             file.write("id, Predicted_Label\n")
             file.writelines(f"{name}, {'' if label is None else label}\n" for name, label in rows)
         else:
-            csv.writer(file, delimiter=DELIMITERS[written], lineterminator="\n").writerows(
-                [("id", "prediction"), *rows]
-            )
+            writer = csv.writer(file, delimiter=DELIMITERS[written], lineterminator="\n")
+            writer.writerow(["id", "prediction", *(f"p_{name}" for name in names)])
+            nothing = dict.fromkeys(names)
+            for (name, label), by_class in zip(rows, of_classes, strict=True):
+                writer.writerow([name, label, *(by_class or nothing).values()])
 
 
 @contextmanager
@@ -103,18 +137,21 @@ def predict_file(
     format: Format | None = None,
     written: Written | None = None,
     overwrite: bool = False,
+    probabilities: bool = False,
 ) -> tuple[int, list[str]]:
     """Writes a task's predictions for the rows of a file, whose labels are not looked at.
 
-    Returns how many rows have one, and what a user should know of the others.
+    JSON lines have the probabilities of the classes wherever there are any, the others if they are asked for. Returns
+    how many rows have a prediction, and what a user should know of the others.
     """
     if out.resolve() == path.resolve():
         raise UserError(f"--out is {out}, the file to read; choose another")
     if out.is_file() and not overwrite:
         raise UserError(f"--out is {out}, which is there already; replace it with --overwrite, or choose another")
-    if name not in config.tasks:
-        raise UserError(f"{folder} has no task '{name}'; it has {', '.join(config.tasks)}")
-    task = config.tasks[name]
+    task = task_of(config, folder, name)
+    written = written or written_by_suffix(out)
+    if probabilities:
+        _refuse_without_probabilities(name, task, written)
     # A file of an unknown suffix, or a .csv full of tabs, is read as the task's own files are.
     own = task.train.format if isinstance(task.train, File) and task.train.path.suffix == path.suffix else None
     source = File(path=path, format=format or own)
@@ -126,16 +163,36 @@ def predict_file(
             tasks = config.tasks | {name: task.model_copy(update={"columns": columns})}
             config = config.model_copy(update={"tasks": tasks})
         split = first_then_others(accelerator, lambda: config.open_source(name, source, tokenizer, labelled=False))
-        predictions = predict(accelerator, model, name, task, split, config.evaluate.max_tokens)
-        if lost := without_number(name, split, predictions):
-            if np.isnan(predictions).all():
+        predicted = predict(
+            accelerator,
+            model,
+            name,
+            task,
+            split,
+            config.evaluate.max_tokens,
+            probabilities=probabilities or written == "jsonl",
+        )
+        if lost := without_number(name, split, predicted.values):
+            if np.isnan(predicted.values).all():
                 raise UserError(f"{lost}; {out} is not written")
             remarks.append(f"{lost}; their labels are left empty")
         for bad in split.rejected()[:1]:
             first = f"{place(source, bad.line)}: {bad.message}"
             remarks.append(f"{split.num_rejected:,} rows have no prediction, the first is {first}")
-        on_one(accelerator, lambda: write_predictions(out, task, split, predictions, written))
-        return int(np.isfinite(predictions).sum()), remarks
+        on_one(accelerator, lambda: write_predictions(out, task, split, predicted, written))
+        return int(np.isfinite(predicted.values).sum()), remarks
+
+
+def _refuse_without_probabilities(name: str, task: TaskConfig, written: Written) -> None:
+    if isinstance(task.label, Regression):
+        raise UserError(f"--probabilities: task '{name}' predicts a number, and has no classes to give them of")
+    if not task.loss.gives_probabilities:
+        raise UserError(
+            f"--probabilities: task '{name}' was trained with the loss {task.loss.kind}, whose outputs are none; "
+            "those of cross_entropy and bce are"
+        )
+    if written == "cs224n":
+        raise UserError("--probabilities: the format cs224n has no place for them; choose csv, tsv or jsonl")
 
 
 def _has_column(source: File, column: str) -> bool:

@@ -1,7 +1,7 @@
 """What a run folder tells of its run, finished or not: its config, metrics.jsonl, the scores of its best model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,16 @@ class Story:
         return [record for record in self.records if record["kind"] == kind]
 
 
-def story_of(folder: Path) -> Story:
-    """What a run's folder tells; refuses a folder that is none."""
+def config_of(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment that a run's folder is of; refuses a folder that is none."""
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder}: {'no run is in this folder' if folder.is_dir() else 'no such folder'}")
-    config = load(Experiment, folder / CONFIG_FILE)
-    return Story(folder, config, list(records_of(folder)), saved_scores(folder / BEST) or {})
+    return load(Experiment, folder / CONFIG_FILE, overrides)
+
+
+def story_of(folder: Path) -> Story:
+    """What a run's folder tells; refuses a folder that is none."""
+    return Story(folder, config_of(folder), list(records_of(folder)), saved_scores(folder / BEST) or {})
 
 
 def records_of(folder: Path) -> Iterator[Record]:

@@ -16,8 +16,12 @@ from mtl_dist.watch.profile import TRACES
 from mtl_dist.watch.recorder import DRAFT, METRICS, TENSORBOARD
 
 REJECTED = "rejected.tsv"
+ERRORS = "errors"  # a folder for each task and split, with some of these files
+ROWS, PAGE, CONFUSION = "errors.jsonl", "errors.md", "confusion.png"
+RELIABILITY, PREDICTIONS = "reliability.png", "predictions.png"
+ERROR_FILES = (ROWS, PAGE, CONFUSION, RELIABILITY, PREDICTIONS)
 # All that a run leaves in its folder.
-RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, DRAFT, TENSORBOARD, TRACES, CHECKPOINTS, LOCK, BEST, *drafts(BEST)}
+RUN_FILES = {CONFIG_FILE, REJECTED, METRICS, DRAFT, TENSORBOARD, TRACES, CHECKPOINTS, LOCK, BEST, *drafts(BEST), ERRORS}
 
 # Whole, or on its way from or to one that is.
 _CHECKPOINT = re.compile(rf"step-\d+({'|'.join(map(re.escape, drafts('')))})?")
@@ -98,6 +102,8 @@ def _is_a_runs(path: Path) -> bool:
             return name.startswith("events.out.tfevents.")
         case (part, name) if part == TRACES:
             return re.fullmatch(r"trace-\d+\.json", name) is not None
+        case (part, of, *inside) if part == ERRORS:
+            return re.fullmatch(r".+-(dev|test)", of) is not None and "/".join(inside) in ("", *ERROR_FILES)
         case (part, step, *inside) if part == CHECKPOINTS:
             return _CHECKPOINT.fullmatch(step) is not None and "/".join(inside) in ("", *COVERED, SUMS)
         case (part, *inside) if part in (BEST, *drafts(BEST)):

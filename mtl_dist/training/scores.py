@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,14 @@ Scores = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What a model says of the rows of a split, in their order; NaN where an output is no number."""
+
+    values: NDArray[np.float64]  # the class or the number
+    probabilities: NDArray[np.float64] | None = None  # rows x classes, where they were asked for and the loss gives any
+
+
 @torch.no_grad()
 def predict(
     accelerator: Accelerator,
@@ -35,11 +44,13 @@ def predict(
     split: Split,
     max_tokens: int,
     on_batch: Callable[[], object] = lambda: None,
-) -> NDArray[np.float64]:
-    """The prediction for each row of a split, in their order, on every rank; NaN where an output is no number."""
+    probabilities: bool = False,
+) -> Predicted:
+    """The prediction for each row of a split, on every rank."""
     rank, world = accelerator.process_index, accelerator.num_processes
     was_training = model.training
     model.eval()
+    with_probabilities = probabilities and task.loss.gives_probabilities
     rows, predicted = [], []
     for batch in eval_batches(name, split, np.arange(rank, len(split), world), max_tokens):
         on_batch()
@@ -48,15 +59,19 @@ def predict(
         # The largest of outputs that are NaN is no class, though argmax names one.
         numbers_N = raw_NO.isfinite().all(dim=1)
         rows.append(batch.rows)
-        predicted.append(task.loss.predict(raw_NO, task.label).double().where(numbers_N, torch.nan))
-    predictions = np.full(len(split), np.nan)
+        columns = [task.loss.predict(raw_NO, task.label).double()[:, None]]
+        if with_probabilities:
+            columns.append(task.loss.probabilities(raw_NO))
+        predicted.append(torch.cat(columns, dim=1).where(numbers_N[:, None], torch.nan))
+    classes = 0 if isinstance(task.label, Regression) else task.label.classes
+    found = np.full((len(split), 1 + classes * with_probabilities), np.nan)
     if rows:  # all at once: after each batch a GPU would be waited for
-        predictions[np.concatenate(rows)] = torch.cat(predicted).cpu().numpy()
+        found[np.concatenate(rows)] = torch.cat(predicted).cpu().numpy()
     model.train(was_training)
     # Each rank fills in its own rows: none is counted twice, and a rank may have none at all.
-    for other, theirs in enumerate(gather_object([predictions[rank::world]])):
-        predictions[other::world] = theirs
-    return predictions
+    for other, theirs in enumerate(gather_object([found[rank::world]])):
+        found[other::world] = theirs
+    return Predicted(found[:, 0], found[:, 1:] if with_probabilities else None)
 
 
 def score_all(
@@ -70,7 +85,7 @@ def score_all(
     """Every metric of every task that has a split, and both overall scores."""
     scores: Scores = {"tasks": {}}
     for name, split in splits.items():
-        predictions = predict(accelerator, model, name, tasks[name], split, max_tokens, on_batch)
+        predictions = predict(accelerator, model, name, tasks[name], split, max_tokens, on_batch).values
         scores["tasks"][name] = score(tasks[name], split, predictions)
         if accelerator.is_main_process and (lost := without_number(name, split, predictions)):
             regression = isinstance(tasks[name].label, Regression)

@@ -29,6 +29,7 @@ from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.distributed import DistributedConfig, start
 from mtl_dist.experiment import Experiment
 from mtl_dist.runs.predict import write_predictions
+from mtl_dist.training.scores import Predicted
 from mtl_dist.watch.recorder import METRICS, TENSORBOARD, Recorder
 from tests.limits import limit
 
@@ -69,7 +70,7 @@ def test_predictions_that_have_no_room_are_one_line(tiny: Path) -> None:
     split = experiment.open_split("mood", "dev", load_tokenizer(experiment.encoder.tokenizer_source))
     assert split is not None
     with pytest.raises(UserError) as caught:
-        write_predictions(FULL, experiment.tasks["mood"], split, np.zeros(len(split)))
+        write_predictions(FULL, experiment.tasks["mood"], split, Predicted(np.zeros(len(split))))
     assert str(caught.value) == "cannot write /dev/full: No space left on device"
 
 

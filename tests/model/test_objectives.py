@@ -219,6 +219,18 @@ def test_each_output_predicts(
     assert predicted.is_floating_point() == (of["kind"] == "regression")
 
 
+def test_outputs_that_stand_for_probabilities() -> None:
+    raw_NO = torch.tensor([[0.0, LOG3], [1000.0, 0.0]])
+    of_classes = loss("cross_entropy").probabilities(raw_NO)
+    torch.testing.assert_close(of_classes, torch.tensor([[0.25, 0.75], [1, 0]], dtype=torch.float64))
+    of_yes = loss("bce").probabilities(torch.tensor([[LOG3], [-LOG3], [-40.0]]))
+    torch.testing.assert_close(of_yes[:2], torch.tensor([[0.25, 0.75], [0.75, 0.25]], dtype=torch.float64))
+    assert of_yes[2, 1].item() == pytest.approx(math.exp(-40))  # no less, though fp32 has no 1 - p as close to 1
+    giving = [kind for kind in ("cross_entropy", "bce", "mse", "l1", "cosine_embedding", "bins")
+              if loss(kind).gives_probabilities]  # fmt: skip
+    assert giving == ["cross_entropy", "bce"]
+
+
 @pytest.mark.parametrize("bins", [25, 5, 100])
 @pytest.mark.parametrize("bounds", [(0, 5), (-5, 5), (1, 6)])
 def test_scores_on_an_edge_belong_to_the_bin_above(bounds: tuple[float, float], bins: int) -> None:

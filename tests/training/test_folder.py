@@ -33,6 +33,8 @@ def test_all_that_a_run_writes_makes_room(folder: Path) -> None:
     (folder / "best.tmp" / "encoder").mkdir(parents=True)
     (folder / "best.tmp" / "encoder" / ".tmptEgVmR").touch()
     last.rename(last.with_name(f"{last.name}.tmp"))
+    (folder / "errors" / "mood-dev").mkdir(parents=True)
+    (folder / "errors" / "mood-dev" / "errors.md").touch()
     (folder / "tensorboard" / ".nfs0012").touch()  # what a network's file system keeps of a removed one that is open
     with pytest.raises(UserError, match="holds a run; go on with it by --resume auto, replace it with --overwrite"):
         clear(folder, overwrite=False)
@@ -52,6 +54,9 @@ def test_all_that_a_run_writes_makes_room(folder: Path) -> None:
         "checkpoints/step-00000002.old/notes.md",
         "checkpoints/step-final/state.json",
         "checkpoints/mine",
+        "errors/notes.md",
+        "errors/mood-dev/notes.md",
+        "errors/mine",
         "tensorboard/notes.md",
         "tensorboard/other/events.out.tfevents.1",
         "metrics.jsonl.tmp/notes.md",
@@ -67,7 +72,7 @@ def test_what_somebody_put_into_a_run_folder_is_not_removed_with_it(folder: Path
     before = all_below(folder)
     with pytest.raises(UserError) as caught:
         clear(folder, overwrite=True)
-    shown = path if path.parent.name in ("encoder", "best", "checkpoints", "tensorboard") else None
+    shown = path if path.parent.name in ("encoder", "best", "checkpoints", "errors", "tensorboard") else None
     assert str(caught.value).startswith(f"output_dir: {shown or folder}")
     assert str(caught.value).endswith(" move it away, or choose another folder")
     assert all_below(folder) == before

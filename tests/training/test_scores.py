@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mtl_dist.config import load
+from mtl_dist.data.batches import make_batch
 from mtl_dist.data.packed import Packed
 from mtl_dist.data.prepare import Split
 from mtl_dist.data.tokenizer import load_tokenizer
@@ -22,8 +24,9 @@ from mtl_dist.model.objectives import Binary, Classification
 from mtl_dist.model.weights import build_encoder
 from mtl_dist.runs.predict import shown, write_predictions
 from mtl_dist.tasks import TaskConfig
-from mtl_dist.training.scores import deciding_score, main_scores, score, score_all
+from mtl_dist.training.scores import Predicted, deciding_score, main_scores, predict, score, score_all
 from mtl_dist.watch.screen import score_table
+from tests.distributed import on_ranks
 
 
 def opened(config: Path, task: str, *overrides: str) -> tuple[TaskConfig, Split]:
@@ -64,7 +67,7 @@ def test_what_a_csv_reader_reads_back(tiny: Path, tmp_path: Path) -> None:
     task, split = opened(tiny, "mood", "tasks.mood.dev=mood-dev.csv")
     named = task.model_copy(update={"label": Classification(kind="classification", names=["so, so", "x"])})
     for name in ("x.csv", "x.tsv"):
-        write_predictions(tmp_path / name, named, split, np.array([0.0, np.nan]))
+        write_predictions(tmp_path / name, named, split, Predicted(np.array([0.0, np.nan])))
         with (tmp_path / name).open(newline="") as file:
             read = list(csv.DictReader(file, delimiter="," if name == "x.csv" else "\t"))
         assert read == [{"id": 'a, "b"', "prediction": "so, so"}, {"id": "c", "prediction": ""}]
@@ -111,7 +114,7 @@ def test_predictions_are_written_in_the_words_of_the_files(tiny: Path, tmp_path:
     named = task.model_copy(
         update={"label": task.label.model_copy(update={"num_classes": None, "names": ["a", "b", "c"]})}
     )
-    predictions = np.array([2.0, 0.0, 1.0, 1.0, 2.0])
+    predictions = Predicted(np.array([2.0, 0.0, 1.0, 1.0, 2.0]))
     labels = [2, 0, 1, 1, 2]
     for written, header, between in ((None, "id,prediction", ","), ("tsv", "id\tprediction", "\t"),
                                      ("cs224n", "id, Predicted_Label", ", ")):  # fmt: skip
@@ -125,3 +128,58 @@ def test_predictions_are_written_in_the_words_of_the_files(tiny: Path, tmp_path:
     assert shown(task.model_copy(update={"label": Binary(kind="binary", names=["no", "yes"])}), 1.0) == "yes"
     assert shown(opened(tiny, "near")[0], 3.14159265) == 3.141593
     assert shown(opened(tiny, "same")[0], 1.0) == 1
+
+
+def test_probabilities_are_written_beside_the_predictions(tiny: Path, tmp_path: Path) -> None:
+    task, split = opened(tiny, "mood")
+    named = task.model_copy(update={"label": Classification(kind="classification", names=["so, so", "b", "c"])})
+    rows_C = np.array([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [np.nan] * 3, [0, 1, 0], [1e-9, 0, 1]])
+    predicted = Predicted(np.array([0.0, 0.0, np.nan, 1.0, 2.0]), rows_C)
+    write_predictions(tmp_path / "a.csv", named, split, predicted)
+    with (tmp_path / "a.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert read[0] == {"id": "mood0", "prediction": "so, so", "p_so, so": "0.5", "p_b": "0.25", "p_c": "0.25"}
+    assert read[1]["p_c"] == "0.333333"
+    assert set(read[2].values()) == {"mood2", ""}
+    write_predictions(tmp_path / "a.jsonl", task, split, predicted)
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert lines[3] == {"id": "mood3", "line": 5, "prediction": 1, "probabilities": {"0": 0.0, "1": 1.0, "2": 0.0}}
+    assert lines[2] == {"id": "mood2", "line": 4, "prediction": None, "probabilities": None}
+
+
+def _probabilities(config: Path) -> dict[str, list[Any]]:
+    """Of every task: what `predict` gives, and what the raw outputs of one row after the other give."""
+    experiment = load(Experiment, config)
+    tokenizer = load_tokenizer(experiment.encoder.tokenizer_source)
+    torch.manual_seed(0)
+    model = MultiTaskModel(build_encoder(experiment.encoder, tokenizer), experiment.tasks).eval()
+    found: dict[str, list[Any]] = {}
+    with processes(experiment.distributed, "fp32") as accelerator:
+        for name, task in experiment.tasks.items():
+            split = experiment.open_split(name, "dev", tokenizer)
+            assert split is not None
+            with torch.no_grad():
+                raw_NO = torch.cat([model(name, make_batch(name, split, np.array([i])).packed) for i in range(5)])
+            predicted = predict(accelerator, model, name, task, split, 8192, probabilities=True)
+            assert predict(accelerator, model, name, task, split, 8192).probabilities is None
+            found[name] = [predicted.values, predicted.probabilities, raw_NO.double().numpy()]
+    return found
+
+
+def test_probabilities_are_those_of_the_raw_outputs_on_any_number_of_ranks(tiny: Path) -> None:
+    one = _probabilities(tiny)
+    values, probabilities_NC, raw_NO = one["mood"]
+    exp_NO = np.exp(raw_NO)
+    np.testing.assert_allclose(probabilities_NC, exp_NO / exp_NO.sum(axis=1, keepdims=True), atol=1e-6)
+    assert (values == raw_NO.argmax(axis=1)).all()
+    values, probabilities_NC, raw_NO = one["same"]
+    np.testing.assert_allclose(probabilities_NC[:, 1], 1 / (1 + np.exp(-raw_NO[:, 0])), atol=1e-6)
+    np.testing.assert_allclose(probabilities_NC.sum(axis=1), 1, atol=1e-12)
+    assert (values == (probabilities_NC[:, 1] > 0.5)).all()
+    assert one["near"][1] is None
+    for rank in on_ranks(2, _probabilities, tiny):
+        for name, (values, probabilities_NC, _) in rank.items():
+            np.testing.assert_allclose(values, one[name][0], atol=1e-5)
+            assert (probabilities_NC is None) == (name == "near")
+            if probabilities_NC is not None:
+                np.testing.assert_allclose(probabilities_NC, one[name][1], atol=1e-6)

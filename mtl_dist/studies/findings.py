@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mtl_dist.config import UserError, block, load, overlay, refusing
 from mtl_dist.experiment import Experiment
-from mtl_dist.watch.charts import COLOURS, FAINT, INK, new_chart, save_chart
+from mtl_dist.watch.charts import COLOURS, INK, new_chart, save_chart
 
 ENOUGH = 10  # trials that came to their end, for an importance
 REASON, OWN = "reason", "own"  # why a trial failed; whether its values are the config's own: what a trial is noted with
@@ -106,7 +106,7 @@ def draw_history(trials: Sequence[FrozenTrial], metric: str, path: Path) -> None
     ax.set_xlabel("trial", color=INK)
     ax.set_ylabel(metric, color=INK)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=8, loc="lower right", edgecolor=FAINT)
+        figure.legend(fontsize=9, loc="outside upper center", ncols=5, frameon=False)
     save_chart(figure, path)
 
 
@@ -123,7 +123,7 @@ def importances(study: optuna.Study) -> dict[str, float] | str:
         return f"needs {ENOUGH} trials that came to their end"
     varied = [key for key in trials[0].params if len({trial.params[key] for trial in trials}) > 1]
     if not varied:
-        return "no key had more than one value"
+        return "needs a key with more than one value"
     # The one of Optuna's measures that needs no forest, and so no scikit-learn.
     measure = optuna.importance.PedAnovaImportanceEvaluator()
     return optuna.importance.get_param_importances(study, evaluator=measure, params=varied)

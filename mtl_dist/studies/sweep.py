@@ -80,6 +80,7 @@ class _Trial:
     folder: Path
     config: Experiment
     claim: IO[str]
+    again: bool  # whether it was begun before, here or elsewhere
     size: int = -1  # of metrics.jsonl when it was read last
     steps: int | None = None
     step: int = 0
@@ -124,7 +125,6 @@ class Sweep:
         self.stopped: set[int] = set()  # trials that somebody else stopped
         self.outcomes: list[TrialState] = []  # of the trials that ended here
         self.most = 0  # trials, of all processes together
-        self.note: str | None = None  # why there is no picture of importance
 
     def run(self, trials: int, at_once: int, storage: Storage) -> None:
         """Goes on with the sweep until it has so many trials, all of them together."""
@@ -135,14 +135,16 @@ class Sweep:
             stack.callback(lambda: [each.claim.close() for each in self.running])
             jobs = stack.enter_context(Jobs(at_once))
             screen = stack.enter_context(_Screen(self))
-            more = True  # trials to begin, for all that is known
+            looks = True  # for more trials; after there were none only when one has ended here
             while not heard:
-                while more and jobs.has_room and not heard:
+                while looks and jobs.has_room and not heard:
                     taken = self._next()
-                    if more := taken is not None:
-                        assert taken is not None
-                        self.running.append(taken)
-                        jobs.start(taken.job)
+                    if taken is None:
+                        looks = False
+                        break
+                    self.running.append(taken)
+                    jobs.start(taken.job)
+                    screen.begun(taken)
                 if not self.running:
                     break
                 screen.refresh()
@@ -150,12 +152,15 @@ class Sweep:
                 for each in self.running:
                     self._follow(each, jobs)
                 for job, code in jobs.ended():
-                    more = True
+                    looks = True
                     (ended,) = (each for each in self.running if each.job == job)
                     self._settle(ended, code, screen)
         if heard:
-            self.console.print(f"{signal.Signals(heard[0]).name}: stopped; the same command goes on", highlight=False)
+            self.say(f"{signal.Signals(heard[0]).name}: stopped; the same command goes on")
             raise KeyboardInterrupt
+        with self._turn():  # a process that was killed may have come no further than to tell how a trial ended
+            self._tidy()
+            self._write()
 
     def _open(self, storage: Storage, stack: ExitStack) -> None:
         """Opens the study, or begins it."""
@@ -191,9 +196,10 @@ class Sweep:
                 else:
                     backend = optuna.storages.journal.JournalFileBackend(str(path))
                     opened = optuna.storages.JournalStorage(backend)
+                begun = optuna.study.get_all_study_names(opened)  # one at most
                 self.study = optuna.create_study(
                     storage=opened,
-                    study_name=self.config.stem,
+                    study_name=(begun or [self.config.stem])[0],
                     direction="maximize",
                     pruner=MedianPruner(n_startup_trials=FIRST, n_min_trials=PEERS),
                     load_if_exists=True,
@@ -213,18 +219,19 @@ class Sweep:
                     f"{self.out}: was begun with {key} = {_shown(was)}, and this is {_shown(now)}; "
                     "give what it was begun with, or choose another --out"
                 )
-            ended = sum(trial.state in STATES for trial in self._trials())
-            self.console.print(f"{self.out}: going on after {ended} trials", highlight=False)
+            ended = sum(trial.state in STATES for trial in self.trials())
+            self.say(f"{self.out}: going on after {ended} trials")
             return
         for key, parameter in self.space.parameters.items():
             own = f"; the config has {_shown(self.own[key])}" if key in self.own else ""
-            self.console.print(f"{key}: {parameter}{own}", highlight=False, markup=False)
+            self.say(f"{key}: {parameter}{own}")
         others = [key for key in self.space.parameters if key not in self.own]
         if self.own:
             self.study.enqueue_trial(self.own, user_attrs={OWN: not others}, skip_if_exists=True)
-        first = "the first trial has the config's own values" if self.own else "no trial has the config's own values"
         outside = f", but of {', '.join(others)}, which lie outside of the space" if others else ""
-        self.console.print(first + outside, highlight=False, markup=False)
+        self.say(
+            f"the first trial has the config's own values{outside}" if self.own else "the config is not in the space"
+        )
         self.study.set_user_attr("about", about)
 
     @contextmanager
@@ -235,40 +242,50 @@ class Sweep:
         with lock, refusing(f"cannot write {self.out}"):
             yield
 
-    def _trials(self) -> list[FrozenTrial]:
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials of all processes, each at the place of its number."""
         return self.study.get_trials(deepcopy=False)
 
     def _next(self) -> _Trial | None:
         """A trial that nobody trains any more, or else a new one, if there may be one."""
         with self._turn():
-            begun = [trial for trial in self._trials() if trial.state != TrialState.WAITING]
+            begun = [trial for trial in self.trials() if trial.state != TrialState.WAITING]
             for old in begun:
                 if old.state == TrialState.RUNNING and old.number not in self.stopped:
-                    claim = _locked(self._log(old.number).with_suffix(".lock"), patient=False)
+                    claim = _locked(self.log_of(old.number).with_suffix(".lock"), patient=False)
                     if claim is not None:
                         self._seed(old.number)
-                        return self._taken(optuna.Trial(self.study, old._trial_id), claim)
+                        return self._taken(optuna.Trial(self.study, old._trial_id), claim, again=True)
             if len(begun) >= self.most:
                 return None
             self._seed(len(begun))
             trial = self.study.ask()
-            claim = _locked(self._log(trial.number).with_suffix(".lock"), patient=False)
+            claim = _locked(self.log_of(trial.number).with_suffix(".lock"), patient=False)
             assert claim is not None
-            return self._taken(trial, claim)
+            return self._taken(trial, claim, again=False)
 
     def _seed(self, number: int) -> None:
         # One generator for all would begin again in each process, and draw there what was drawn before.
         seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
         self.study.sampler = TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
-    def _taken(self, trial: optuna.Trial, claim: IO[str]) -> _Trial:
+    def _taken(self, trial: optuna.Trial, claim: IO[str], again: bool) -> _Trial:
         values = {key: parameter.suggest(key, trial) for key, parameter in self.space.parameters.items()}
         folder = self.out / TRIALS / str(trial.number)
         overrides = [*self.overrides, *overrides_of(values), f"output_dir={folder}"]
-        job = Job(str(trial.number), self.config, tuple(overrides), self._log(trial.number))
-        return _Trial(trial, job, folder, load(Experiment, self.config, overrides), claim)
+        job = Job(str(trial.number), self.config, tuple(overrides), self.log_of(trial.number))
+        try:
+            config = load(Experiment, self.config, overrides)
+        except UserError:  # values that do not go together: the run says it, and fails
+            config = self.experiment
+        return _Trial(trial, job, folder, config, claim, again)
 
-    def _log(self, number: int) -> Path:
+    def log_of(self, number: int) -> Path:
+        """Where the run of a trial says what it says."""
         return self.out / TRIALS / f"{number}.log"
 
     def _follow(self, each: _Trial, jobs: Jobs) -> None:
@@ -280,7 +297,7 @@ class Sweep:
     def _report(self, each: _Trial) -> bool:
         """Reports the scores that were not yet reported; whether any is too low to go on."""
         # By how many evaluations it has had: epochs of other batch sizes end after other steps.
-        reported = self._trials()[each.trial.number].intermediate_values
+        reported = self.trials()[each.trial.number].intermediate_values
         low = False
         for evaluation, score in enumerate(each.scores):
             if evaluation not in reported:
@@ -305,23 +322,25 @@ class Sweep:
                 self.stopped.add(number)
             else:
                 state = TrialState.FAIL
-                each.trial.set_user_attr(REASON, last_line(each.job.log) or f"exit code {code}")
+                killed = f"killed by {signal.Signals(-code).name}" if code < 0 else ""
+                reason = killed or last_line(each.job.log) or f"exit code {code}"
+                each.trial.set_user_attr(REASON, reason)
                 self.study.tell(each.trial, state=state)
             self.running.remove(each)
             each.claim.close()
             self.outcomes.append(state)
-            screen.ended(self._trials()[number])
+            screen.ended(self.trials()[number])
             self._tidy()
             self._write()
-        fine = any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in self._trials())
+        trials = self.trials()
+        fine = any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials)
         if self.outcomes.count(TrialState.FAIL) >= FAILURES and not fine:
-            raise UserError(
-                f"the first {FAILURES} trials failed, the last with: {last_line(each.job.log) or f'exit code {code}'}"
-            )
+            reason = trials[number].user_attrs[REASON]
+            raise UserError(f"the first {FAILURES} trials failed, the last with: {reason}")
 
     def _tidy(self) -> None:
         """Removes what nobody goes on from: all checkpoints, and the weights of all trials but the best."""
-        trials = self._trials()
+        trials = self.trials()
         best = best_of(trials)
         for trial in trials:
             folder = self.out / TRIALS / str(trial.number)
@@ -337,12 +356,10 @@ class Sweep:
 
     def _write(self) -> None:
         """Writes what was found out so far."""
-        trials = self._trials()
+        trials = self.trials()
         write_trials(trials, list(self.space.parameters), self.out / "trials.csv")
         draw_history(trials, self.metric, self.out / "history.png")
-        found = importances(self.study)
-        self.note = found if isinstance(found, str) else None
-        if not isinstance(found, str):
+        if not isinstance(found := importances(self.study), str):
             draw_importance(found, self.out / "importance.png")
         best = best_of(trials)
         if best is None:
@@ -358,15 +375,16 @@ class Sweep:
 
     def close(self) -> None:
         """Says what was found out."""
-        trials = self._trials()
-        self.console.print(_counted(trials), highlight=False)
+        trials = self.trials()
+        self.say(_counted(trials))
         if (best := best_of(trials)) is None:
             return
         own = next((trial for trial in trials if trial.user_attrs.get(OWN) and trial.number != best.number), None)
         compared = f", where the config as it stands has {score_of(own):.4f}" if own and own.values else ""
         lines = [f"the best is trial {best.number}: {self.metric} {score_of(best):.4f}{compared}"]
         lines += [f"  {key}: {_shown(value)}" for key, value in best.params.items()]
-        importance = f"no importance.png: {self.note}" if self.note else self.out / "importance.png"
+        missing = importances(self.study)
+        importance = f"no importance.png: it {missing}" if isinstance(missing, str) else self.out / "importance.png"
         lines += [
             f"experiment   {self.out / 'best.yaml'}",
             f"best model   {self.out / TRIALS / str(best.number) / BEST}",
@@ -374,7 +392,7 @@ class Sweep:
             f"pictures     {self.out / 'history.png'}, {importance}",
         ]
         for line in lines:
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.say(line)
 
 
 class _Screen:
@@ -386,7 +404,7 @@ class _Screen:
         self.live = Live(self, console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __rich__(self) -> Group:
-        sweep, trials = self.sweep, self.sweep._trials()
+        sweep, trials = self.sweep, self.sweep.trials()
         best = best_of(trials)
         columns = [f"best: {best.number}"] if best else []
         table = plain_table("trial", *columns, *(each.job.name for each in sweep.running), texts=["trial"])
@@ -414,20 +432,28 @@ class _Screen:
         if self.live:
             self.live.refresh()
 
+    def begun(self, each: _Trial) -> None:
+        """Tells of a trial that begins, or goes on, where there is no table of those under way."""
+        if not self.live:
+            self._line(each.trial.number, "goes on" if each.again else "begins", each.trial.params)
+
     def ended(self, trial: FrozenTrial) -> None:
         """Tells what became of a trial."""
         score = score_of(trial)
-        values = "  ".join(f"{key}={_shown(value)}" for key, value in trial.params.items())
         said = STATES.get(trial.state, "was stopped by somebody else, and is left to go on")
         if trial.state == TrialState.FAIL:
-            said += f": {trial.user_attrs[REASON]} ({self.sweep._log(trial.number)})"
+            said += f": {trial.user_attrs[REASON]} ({self.sweep.log_of(trial.number)})"
         elif trial.state == TrialState.PRUNED:
             said += f" after evaluation {len(trial.intermediate_values)}: {self.sweep.metric} {score:.4f}"
         elif trial.state == TrialState.COMPLETE:
-            best = best_of(self.sweep._trials())
+            best = best_of(self.sweep.trials())
             said = f"{self.sweep.metric} {score:.4f}" + (", the best" if best and best.number == trial.number else "")
-        line = f"trial {trial.number}  {said}  {values}"
-        self.sweep.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._line(trial.number, said, trial.params)
+
+    def _line(self, number: int, said: str, params: dict[str, Any]) -> None:
+        values = "  ".join(f"{key}={_shown(value)}" for key, value in params.items())
+        line = f"trial {number}  {said}  {values}"
+        self.sweep.say(line)
 
 
 def _counted(trials: Sequence[FrozenTrial]) -> str:

@@ -110,7 +110,7 @@ def test_importance_needs_trials_that_differ() -> None:
     few = study_of(*(ended(DONE, number / 9, number / 9) for number in range(9)), ended(PRUNED, None, 0.1))
     assert importances(few) == "needs 10 trials that came to their end"
     same = study_of(*(ended(DONE, number / 10) for number in range(10)))
-    assert importances(same) == "no key had more than one value"
+    assert importances(same) == "needs a key with more than one value"
     # What decides the score alone is nearly all there is to it.
     many = study_of(*(ended(DONE, number / 40, number / 40, number * 7 % 40 / 40) for number in range(40)))
     assert not isinstance(found := importances(many), str)

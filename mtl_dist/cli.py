@@ -4,6 +4,7 @@ Whatever the user got wrong is one line on standard error and exit code 2.
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -91,6 +92,21 @@ def _parser() -> argparse.ArgumentParser:
         help="say where the time of N early steps goes, and write a trace",
     )
 
+    sub = command("sweep", _sweep, "find the best values of some keys by training an experiment again and again")
+    config(sub)
+    sub.add_argument(
+        "--space", metavar="FILE", type=Path, required=True, help="YAML: what the values of which keys are drawn from"
+    )
+    sub.add_argument("--trials", metavar="N", type=int, required=True, help="in all; the same command goes on")
+    sub.add_argument("--jobs", metavar="N", type=int, default=1, help="trials at a time")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="by default the experiment's output_dir, with -sweep")
+    sub.add_argument(
+        "--storage",
+        choices=("sqlite", "journal"),
+        help="journal: several processes share the sweep, as the tasks of a SLURM array do",
+    )
+    sub.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn")
+
     sub = command("verify", _verify, "check that a run's checkpoints and its best model are whole")
     sub.add_argument(
         "folder", metavar="PATH", type=Path, help="a run folder, its checkpoints, one of them, or its best"
@@ -173,6 +189,30 @@ def _train(arguments: argparse.Namespace) -> None:
     from mtl_dist.training.loop import train
 
     train(config, arguments.overwrite, arguments.resume, arguments.allow_changes, arguments.profile)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    if not importlib.util.find_spec("optuna"):
+        raise UserError("a sweep needs Optuna: pip install 'mtl_dist[sweep]'")
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("a sweep starts its processes itself: leave `accelerate launch -m` away, and say --jobs")
+    for option, least in (("trials", 1), ("jobs", 1), ("seed", 0)):
+        if (given := getattr(arguments, option)) < least:
+            raise UserError(f"--{option} is {given}; give {least} or more")
+    from mtl_dist.studies.sweep import sweep
+    from mtl_dist.watch.screen import make_console
+
+    sweep(
+        arguments.config,
+        arguments.overrides,
+        arguments.space,
+        arguments.trials,
+        arguments.jobs,
+        arguments.out,
+        arguments.storage,
+        arguments.seed,
+        make_console(True),
+    )
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -184,8 +184,18 @@ def _kinds_written_out(value: Any, types: list[Any]) -> Any:
 
 def dump(config: Config) -> str:
     """The config as YAML, defaults filled in; `load` reads an equal one back."""
-    fields = config.model_dump(mode="json", by_alias=True, round_trip=True)
-    return yaml.dump(fields, Dumper=_Dumper, sort_keys=False)
+    return block(config.model_dump(mode="json", by_alias=True, round_trip=True))
+
+
+def block(value: Any) -> str:
+    """A value as YAML over many lines."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
+def flow(value: Any) -> str:
+    """A value as YAML on one line, which an override may have behind its `=`."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=2**31, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def schema(model: type[Config]) -> dict[str, Any]:
@@ -454,6 +464,7 @@ def _inner_types(types: list[Any], value: Any, part: str | int) -> list[Any]:
 def _inside(container: Any, part: str | int) -> Any:
     if fields := _fields(container):
         return fields.get(part)
+    container = getattr(container, "__annotations__", {}).get("__pydantic_extra__", container)
     arguments = [argument for argument in get_args(container) if argument is not ...]
     return arguments[-1] if arguments else None  # the values of a mapping, the items of a list
 

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,25 @@ class Job:
         assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", str(restarts)), self.log[-4000:]
 
 
-def submit(log: Path, *command: str, script: str = "train", nodes: int = 2, gpus: int = 0, **variables: str) -> Job:
-    """Submits slurm/SCRIPT.sbatch as a user would, from the project's folder; options of sbatch begin with --."""
+def submit(
+    log: Path,
+    *command: str,
+    script: str = "train",
+    nodes: int = 2,
+    gpus: int = 0,
+    last: Sequence[str] = (),
+    **variables: str,
+) -> Job:
+    """Submits slurm/SCRIPT.sbatch as a user would, from the project's folder; options of sbatch begin with --.
+
+    `last` is what may begin so all the same.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", **variables}
     options = [f"--nodes={nodes}", f"--gpus-per-node={gpus}", f"--output={log}"]
     options += [word for word in command if word.startswith("--")]
     rest = [word for word in command if not word.startswith("--")]
-    number = tool("sbatch", "--parsable", *options, f"slurm/{script}.sbatch", *rest, environment=environment)
+    number = tool("sbatch", "--parsable", *options, f"slurm/{script}.sbatch", *rest, *last, environment=environment)
     return Job(number.strip(), log)
 
 

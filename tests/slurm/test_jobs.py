@@ -177,6 +177,28 @@ def test_tasks_of_an_array_train_the_lines_of_a_list(experiment: Path, tmp_path:
     assert "has no line 0" in beyond.log
 
 
+def test_workers_of_an_array_share_a_sweep(experiment: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    space, out = tmp_path / "space.yaml", tmp_path / "sweep"
+    space.write_text("seed: {low: 0, high: 99}\n")
+    what = ["--space", str(space), "--trials", "3", "--out", str(out), f"steps={STEPS}", *TRAINING]
+    array = submit(tmp_path / "%a.log", "--array=0-1", str(experiment), script="sweep", nodes=1, last=what)
+    workers = [Job(f"{array.number}_{i}", tmp_path / f"{i}.log") for i in range(2)]
+    reach(workers[1], out / "trials/1", 10)
+    (holder,) = (each for each in workers if "trial 1  begins" in each.log)
+    tool("scancel", "--batch", "--signal=USR1", holder.number)
+    holder.must_complete(restarts=1)
+    (other,) = (each for each in workers if each is not holder)
+    other.must_complete()
+    assert "saved; goes on when it is its turn again" in holder.log
+    assert sum(worker.log.count("trial 1  goes on") for worker in workers) == 1
+    rows = (out / "trials.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[:2] for row in rows] == [[str(number), "done"] for number in range(3)]
+    logs = [(out / f"trials/{number}.log").read_text() for number in range(3)]
+    assert sum(log.count("SIGTERM: saved after step") for log in logs) == 1
+    assert sum(log.count("going on after step") for log in logs) == 1
+
+
 def test_zero2_on_two_nodes_is_stopped_and_goes_on(experiment: Path, run: Path) -> None:
     pytest.importorskip("deepspeed")
     job = train(experiment, run, CONFIG="accelerate_configs/deepspeed_zero2.yaml")

@@ -1,0 +1,255 @@
+"""Sweeps, with real runs: what each trial trains, what becomes of it, and that no trial is lost or trained twice.
+
+python -m pytest tests/studies/test_sweep.py
+"""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState, create_trial
+
+from mtl_dist.cli import main
+from mtl_dist.config import load
+from mtl_dist.experiment import Experiment
+from mtl_dist.runs.story import story_of
+from tests.limits import limit
+
+SPACE = "optim.lr: {low: 1e-4, high: 1e-2, log: true}\n"
+SLOW = ("steps=100000", "evaluate.every_steps=5", "log={every_steps: 1, tensorboard: false}")
+
+
+def write_space(tiny: Path, text: str = SPACE) -> Path:
+    path = tiny.parent / "space.yaml"
+    path.write_text(text)
+    return path
+
+
+def command(tiny: Path, trials: int, *rest: str) -> list[str]:
+    return ["sweep", str(tiny), "--space", str(tiny.parent / "space.yaml"), "--trials", str(trials), *rest]
+
+
+def started(tiny: Path, trials: int, *rest: str) -> "subprocess.Popen[str]":
+    arguments = [sys.executable, "-m", "mtl_dist", *command(tiny, trials, *rest)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + limit(120)
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def table(sweep: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((sweep / "trials.csv").open(newline="")))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err
+    return output.err
+
+
+def test_a_sweep_from_its_first_trial_to_its_best(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tiny.parent / "run-sweep"
+    # Whether a data file is there is seen when a run reads it: such a trial fails, and the others go on.
+    write_space(tiny, SPACE + "tasks.mood.train: {choices: [mood-train.tsv, none.tsv]}\nseed: {low: 0, high: 9}\n")
+    assert main(command(tiny, 4, "steps=3", "--jobs", "2", "--seed", "1")) == 0
+    shown = capsys.readouterr().out
+    assert "the first trial has the config's own values\n" in shown
+
+    rows = table(sweep)
+    assert [row["trial"] for row in rows] == ["0", "1", "2", "3"]
+    assert (rows[0]["optim.lr"], rows[0]["tasks.mood.train"], rows[0]["seed"]) == ("0.001", "mood-train.tsv", "0")
+    done = [row for row in rows if row["tasks.mood.train"] == "mood-train.tsv"]
+    failed = [row for row in rows if row not in done]
+    assert len(done) >= 2 and len(failed) >= 1  # as seed 1 draws them
+    for row in done:
+        story = story_of(sweep / "trials" / row["trial"])
+        assert row["state"] == "done" and story.ended
+        config = story.config
+        assert [str(config.optim.lr), str(config.seed), str(config.steps)] == [row["optim.lr"], row["seed"], "3"]
+        assert config.output_dir == story.folder
+        (scores,) = story.of_kind("dev")
+        assert float(row["score"]) == scores["overall_a"]
+        assert not (story.folder / "checkpoints").exists()
+    for row in failed:
+        reason = f"override 'tasks.mood.train=none.tsv': tasks.mood.train: cannot read {tiny.parent}/none.tsv"
+        assert row["state"] == "failed" and row["reason"] == f"{reason}: No such file or directory"
+        assert f"trial {row['trial']}  failed: {reason}" in shown
+    best = max(done, key=lambda row: float(row["score"]))
+    kept = [path.parent.name for path in (sweep / "trials").glob("*/best")]
+    assert kept == [best["trial"]]
+    assert f"the best is trial {best['trial']}: overall_a {float(best['score']):.4f}" in shown
+
+    mine = load(Experiment, sweep / "best.yaml")
+    trial = story_of(sweep / "trials" / best["trial"]).config
+    assert mine == trial.model_copy(update={"output_dir": sweep / "best"})
+    assert "extends: ../tiny.yaml\n" in (sweep / "best.yaml").read_text()
+    assert (sweep / "history.png").exists() and not (sweep / "importance.png").exists()
+    assert "no importance.png: it needs 10 trials that came to their end" in shown
+
+    # The same command has nothing left to do.
+    before = (sweep / "trials.csv").read_bytes()
+    assert main(command(tiny, 4, "steps=3", "--jobs", "2", "--seed", "1")) == 0
+    assert "going on after 4 trials\n" in capsys.readouterr().out
+    assert (sweep / "trials.csv").read_bytes() == before
+    assert len(list((sweep / "trials").glob("*.log"))) == 4
+
+    # What was found out is there again when it is gone.
+    (sweep / "best.yaml").unlink()
+    assert main(command(tiny, 4, "steps=3")) == 0
+    assert load(Experiment, sweep / "best.yaml") == mine
+
+    # Nothing else goes on in its folder.
+    other = tiny.with_name("other.yaml")
+    other.write_text(tiny.read_text())
+    assert main(command(other, 4, "steps=3")) == 0  # the same under another name
+    assert refused(capsys, *command(tiny, 4, "steps=4")) == (
+        f"{sweep}: was begun with config.steps = 3, and this is 4; "
+        "give what it was begun with, or choose another --out\n"
+    )
+    write_space(tiny, (tiny.parent / "space.yaml").read_text().replace("high: 9", "high: 8"))
+    assert refused(capsys, *command(tiny, 4, "steps=3")) == (
+        f"{sweep}: was begun with space.seed.high = 9, and this is 8; "
+        "give what it was begun with, or choose another --out\n"
+    )
+    assert refused(capsys, *command(tiny, 4, "steps=3", "--storage", "journal")) == (
+        f"--storage is journal, but {sweep} was begun with sqlite; choose another --out\n"
+    )
+
+
+def test_when_the_first_trials_fail_the_sweep_ends(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Each fits the config, but no two of them fit together.
+    write_space(tiny, "gradients.combiner: {choices: [pcgrad]}\nmixer: {choices: [round_robin, sequential]}\n")
+    line = refused(capsys, *command(tiny, 9, "--jobs", "2"))
+    why = r"mixer (round_robin|sequential) draws one task a step, but gradients.combiner pcgrad needs several"
+    assert re.fullmatch(rf"the first 3 trials failed, the last with: override '.*': {why}.*\n", line), line
+    assert [row["state"] for row in table(tiny.parent / "run-sweep")].count("failed") == 3
+
+
+def test_a_trial_worse_than_the_others_is_stopped_early(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_space(tiny)
+    sweep = tiny.parent / "run-sweep"
+    study = optuna.create_study(storage=f"sqlite:///{tiny.parent}/others.db", study_name="tiny", direction="maximize")
+    distributions = {"optim.lr": FloatDistribution(1e-4, 1e-2, log=True)}
+    for _ in range(5):  # all tasks at full score
+        study.add_trial(
+            create_trial(
+                value=1.0, params={"optim.lr": 2e-3}, distributions=distributions, intermediate_values={0: 1.0, 1: 1.0}
+            )
+        )
+    sweep.mkdir()
+    (tiny.parent / "others.db").rename(sweep / "sweep.db")
+    # The first trial is what the config has; it is the sixth of them all.
+    assert main(command(tiny, 6, *SLOW)) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"trial 5  pruned after evaluation \d+: overall_a 0\.\d{4}  optim.lr=0.001\n", shown), shown
+    study = optuna.load_study(storage=f"sqlite:///{sweep}/sweep.db", study_name="tiny")
+    pruned = study.trials[5]
+    assert pruned.state == TrialState.PRUNED
+    story = story_of(sweep / "trials/5")
+    scores = [record["overall_a"] for record in story.of_kind("dev")]
+    assert not story.ended and story.records[-1]["step"] < 100_000
+    assert list(pruned.intermediate_values.items()) == list(enumerate(scores))
+    assert "SIGTERM: saved after step" in (sweep / "trials/5.log").read_text()
+    assert sorted(path.name for path in story.folder.iterdir() if path.is_dir()) == []  # no checkpoints, no weights
+
+
+def test_one_process_at_a_time_sweeps_with_sqlite(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_space(tiny)
+    sweep = tiny.parent / "run-sweep"
+    with started(tiny, 1, *SLOW) as first:
+        until((sweep / "trials/0.log").exists)
+        assert refused(capsys, *command(tiny, 1, *SLOW)) == (
+            f"--out: another process sweeps in {sweep}; wait for its end, or begin a sweep that several share: "
+            "--storage journal\n"
+        )
+        first.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_stopped_or_killed_it_goes_on_and_no_trial_is_lost(tiny: Path) -> None:
+    write_space(tiny)
+    sweep = tiny.parent / "run-sweep"
+    log = sweep / "trials/0.log"
+    run = [*SLOW[1:], "steps=400"]
+    with started(tiny, 2, *run) as first:
+        until(lambda: log.exists() and "step 10/" in log.read_text())
+        first.send_signal(signal.SIGTERM)
+        shown, _ = first.communicate()
+        assert shown.endswith("SIGTERM: stopped; the same command goes on\n") and first.returncode == 130
+    (saved,) = re.findall(r"SIGTERM: saved after step (\d+) of 400", log.read_text())
+
+    with started(tiny, 2, *run) as third:
+        until(lambda: f"step {int(saved) + 10}/" in log.read_text())
+        os.kill(third.pid, signal.SIGKILL)
+    with started(tiny, 2, *run) as fourth:
+        shown, _ = fourth.communicate()
+        assert fourth.returncode == 0 and "going on after 0 trials\n" in shown
+        assert "trial 0  goes on" in shown and "trial 1  begins" in shown
+    assert log.read_text().count("going on after step") == 2
+    assert f"going on after step {saved} of" in log.read_text()
+    assert [(row["trial"], row["state"], row["evaluations"]) for row in table(sweep)] == [
+        ("0", "done", "80"),
+        ("1", "done", "80"),
+    ]
+    assert sorted(path.name for path in (sweep / "trials").glob("*.log")) == ["0.log", "1.log"]
+
+
+def test_processes_share_a_journal(tiny: Path) -> None:
+    write_space(tiny)
+    several = [started(tiny, 3, "steps=3", "--storage", "journal") for _ in range(2)]
+    shown = [process.communicate()[0] for process in several]
+    assert [process.returncode for process in several] == [0, 0], shown
+    ended = [re.findall(r"^trial (\d)  overall_a", text, re.MULTILINE) for text in shown]
+    assert sorted(ended[0] + ended[1]) == ["0", "1", "2"] and all(ended)
+    sweep = tiny.parent / "run-sweep"
+    assert [row["state"] for row in table(sweep)] == ["done"] * 3
+    assert len({row["optim.lr"] for row in table(sweep)}) == 3  # none drew what another had drawn
+    assert shown[0].count("the first trial has the config's own values") + shown[1].count("going on after") == 1 or (
+        shown[1].count("the first trial has the config's own values") + shown[0].count("going on after") == 2
+    )
+
+
+def test_mistakes_are_one_line(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    space, folder = write_space(tiny, "optim.lrr: {low: 1e-5, high: 1e-4}\n"), tiny.parent
+    assert refused(capsys, *command(tiny, 2)) == f"{space}:1: optim has no field 'lrr'; did you mean 'lr'?\n"
+    write_space(tiny)
+    assert refused(capsys, *command(tiny, 0)) == "--trials is 0; give 1 or more\n"
+    assert refused(capsys, *command(tiny, 1, "--jobs", "0")) == "--jobs is 0; give 1 or more\n"
+    assert refused(capsys, *command(tiny, 1, "sede=1")).startswith("override 'sede=1': the top level has no field")
+    assert refused(capsys, *command(folder / "no.yaml", 1)) == f"{folder}/no.yaml: No such file or directory\n"
+    assert refused(capsys, *command(tiny, 1, "--out", str(folder))).startswith(f"--out: {folder} holds ")
+    assert refused(capsys, *command(tiny, 1, "--out", "/proc/x")).startswith("--out: cannot write /proc/x: ")
+    without = [f"tasks.{task}.dev=null" for task in ("mood", "same", "near")]
+    assert refused(capsys, *command(tiny, 1, *without)) == (
+        f"{tiny}: no task has a dev set, so no trial is better than another; give one to a task\n"
+    )
+    assert not (folder / "run-sweep").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert refused(capsys, *command(tiny, 1)) == (
+        "a sweep starts its processes itself: leave `accelerate launch -m` away, and say --jobs\n"
+    )
+
+
+def test_a_file_that_is_no_study_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_space(tiny)
+    for storage in ("db", "journal"):
+        sweep = tiny.parent / storage
+        sweep.mkdir()
+        (sweep / f"sweep.{storage}").write_text("nothing of the kind\n")
+        line = refused(capsys, *command(tiny, 1, "--out", str(sweep)))
+        assert line.startswith(f"{sweep}/sweep.{storage}: not a study that can be opened (")
+        assert line.endswith("); choose another --out\n") and line.count("\n") == 1

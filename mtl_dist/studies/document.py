@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mtl_dist.metrics import OVERALL
 from mtl_dist.studies.picture import draw
 from mtl_dist.studies.published import Published
 from mtl_dist.studies.statistics import spread
-from mtl_dist.studies.table import Outcome, Row, Section, cells_of, changes_of, stages_of, system_of
+from mtl_dist.studies.table import Outcome, Row, Section, cells_of, changes_of, in_millions, stages_of, system_of
 
 MARKDOWN, CSV, JSON, PICTURE = "study.md", "study.csv", "study.json", "study.png"
 
@@ -47,8 +48,8 @@ class Study:
         return [outcome for row in self.rows for outcome in row.outcomes]
 
 
-def write(study: Study, folder: Path) -> None:
-    """Writes all documents, each whole or not at all."""
+def write(study: Study, folder: Path, with_picture: bool = True) -> None:
+    """Writes all documents, each whole or not at all; the picture takes seconds where there are many systems."""
     about = _about(study)
     texts = {
         MARKDOWN: "\n".join(_markdown(study, about)).rstrip() + "\n",
@@ -58,8 +59,9 @@ def write(study: Study, folder: Path) -> None:
     for name, text in texts.items():
         with _replacing(folder / name) as draft:
             draft.write_text(text, encoding="utf-8")
-    with _replacing(folder / PICTURE) as draft:
-        draw(study.sections, draft)
+    if with_picture:
+        with _replacing(folder / PICTURE) as draft:
+            draw(study.sections, draft)
 
 
 @contextmanager
@@ -71,22 +73,28 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _about(study: Study) -> dict[str, str]:
-    devices = facts().devices
-    threads = devices["cpu"].threads
-    machine = ", ".join(device.name for name, device in devices.items() if name != "cpu") or "no GPU"
     made_with = sorted({outcome.made_with for outcome in study.outcomes} - {""})
     return {
         "command": shlex.join(study.command),
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "code": version(),
-        "written on": f"{devices['cpu'].name}, {threads} threads; {machine}",
+        "written on": machine(),
         "processes of a run": ", ".join(made_with) or "not known",
         "runs done": f"{len(study.outcomes)} of {sum(row.wanted for row in study.rows)}",
-        "trained on": f"{sum(each.tokens for each in study.outcomes) / 1e6:,.1f} million tokens, in "
+        "trained on": f"{in_millions(sum(each.tokens for each in study.outcomes))} million tokens, in "
         f"{sum(each.seconds for each in study.outcomes) / 3600:,.2f} hours without evaluations",
     }
 
 
+@cache
+def machine() -> str:
+    """What this process runs on."""
+    devices = facts().devices
+    gpus = ", ".join(device.name for name, device in devices.items() if name != "cpu") or "no GPU"
+    return f"{devices['cpu'].name}, {devices['cpu'].threads} threads; {gpus}"
+
+
+@cache
 def version() -> str:
     """The package's version, and the commit where it is a checkout of its own repository."""
     package = Path(mtl_dist.__file__).parent
@@ -178,7 +186,7 @@ def differences(study: Study) -> Iterator[tuple[str, str, str]]:
             ", ".join(f"{names[task]} {rows:,}" for task, rows in theirs.items() if task in ours or not ours),
             ", ".join(f"{names[task]} {' or '.join(f'{n:,}' for n in rows)}" for task, rows in ours.items()) or "–",
         )
-    yield "budget: length of every stage", "1", "1" if study.scale == 1 else f"{study.scale:g} of it"
+    yield "budget: length of every stage", "full", "full" if study.scale == 1 else f"{study.scale:g} of it"
     yield "seeds", "not given", str(max(row.wanted for row in study.rows)) if study.rows else "–"
     for override in study.overrides:
         yield "override", "", f"`{override}`"

@@ -20,8 +20,8 @@ OURS, PUBLISHED = COLOURS[0], COLOURS[3]
 
 def draw(sections: Sequence[Section], path: Path) -> None:
     """Writes the picture."""
-    names = {id(section): _panels(section) for section in sections}
-    columns = max(map(len, names.values()))
+    drawn = [_panels(section) for section in sections]
+    columns = max(map(len, drawn))
     heights = [0.24 * len(section.rows) + 0.9 for section in sections]
     longest = max(len(row.key) for section in sections for row in section.rows)
     figure, axes = new_chart(
@@ -30,14 +30,15 @@ def draw(sections: Sequence[Section], path: Path) -> None:
         rows=len(sections),
         columns=columns,
         gridspec_kw={"height_ratios": heights},
-        squeeze=False,
     )
-    for place, section in enumerate(sections):
+    limits = {name: _limits(sections, name) for names in drawn for name in names}
+    for place, (section, names) in enumerate(zip(sections, drawn, strict=True)):
         of_section = axes[place * columns : (place + 1) * columns]
-        for ax in of_section[len(names[id(section)]) :]:
+        for name, ax in zip(names, of_section, strict=False):
+            _panel(ax, section, name, labelled=name == names[0])
+            ax.set_xlim(*limits[name])  # the same in all reports, so that they can be compared by eye
+        for ax in of_section[len(names) :]:
             ax.set_visible(False)
-        for column, name in enumerate(names[id(section)]):
-            _panel(of_section[column], section, name, labelled=column == 0)
     if any(row.published for section in sections for row in section.rows):
         hollow, filled = (
             axes[0].plot([], [], "o", color=colour, markerfacecolor=face, markersize=5)[0]
@@ -58,7 +59,16 @@ def _panels(section: Section) -> list[str]:
     tasks = section.tasks if len(section.tasks) <= MOST_TASKS else []
     several = any(len(row.tasks) > 1 for row in section.rows)
     overall = section.score if section.score in OVERALL else "overall_a"
-    return [*tasks, *([overall] if several else [])]
+    return [*tasks, *([overall] if several or not tasks else [])]
+
+
+def _limits(sections: Sequence[Section], name: str) -> tuple[float, float]:
+    rows = [row for section in sections if name in _panels(section) for row in section.rows]
+    ours = [score for row in rows for score in row.by_seed(name).values()]
+    theirs = [number for row in rows if row.published and (number := row.published.number(name)) is not None]
+    low, high = min([*ours, *theirs], default=0.0), max([*ours, *theirs], default=1.0)
+    margin = max(0.05 * (high - low), 0.01)
+    return low - margin, high + margin
 
 
 def _panel(ax: "Axes", section: Section, name: str, labelled: bool) -> None:

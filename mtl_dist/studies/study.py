@@ -42,6 +42,7 @@ from mtl_dist.watch.recorder import METRICS
 from mtl_dist.watch.screen import make_console, plain_table
 
 LOOK_EVERY_S = 0.5
+DRAW_EVERY_S = 60.0  # at most; besides the last time
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class Gathering:
         self.undone: dict[str, str] = {}  # and why
         self.done: dict[Path, Outcome] = {}
         self.runs: list[Planned] = []
+        self.drawn = -math.inf  # when the picture last was
         chosen = [path for path in wanted.configs if _is_chosen(path.stem, wanted.only)]
         if not chosen:
             known = ", ".join(path.stem for path in wanted.configs)
@@ -261,10 +263,13 @@ class Gathering:
         if not done:
             why = last_line(run.job.log) or f"exit code {code}"
             self.undone[run.name] = f"{why} ({run.job.log})"
-        self.write()
+        now = time.monotonic()
+        if due := now - self.drawn > DRAW_EVERY_S:
+            self.drawn = now
+        self.write(with_picture=due)
         return done
 
-    def write(self) -> None:
+    def write(self, with_picture: bool = True) -> None:
         """Writes the table as it is."""
         rows = []
         for key in dict.fromkeys(run.key for run in self.runs):
@@ -277,6 +282,7 @@ class Gathering:
         document.write(
             document.Study(wanted.command, wanted.scale, wanted.overrides, sections, self.published, self.undone),
             wanted.out,
+            with_picture,
         )
 
     def tell(self, text: str) -> None:
@@ -402,10 +408,14 @@ class Screen:
             self.live.start(refresh=True)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        stopped = len(self.watches)
+        self.watches.clear()
+        self.refresh()
         if self.live:
-            self.watches.clear()
             self.live.stop()
+        if kind is not None and stopped:
+            self.study.tell(f"stopping: {stopped} runs save what they have; the same command goes on")
 
     def started(self, run: Planned) -> None:
         """Shows that a run began, or goes on."""

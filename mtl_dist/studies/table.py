@@ -77,12 +77,17 @@ def outcome_of(story: Story) -> Outcome:
         after_stage=after_stage,
         dev_rows={task: values["rows"] for task, values in best.get("tasks", {}).items()},
         train_rows={task: counted["rows"] for task, counted in about.get("rows", {}).items()},
-        made_with=f"{about['engine']} of {about['ranks']} in {about['precision']}" if about else "",
+        made_with=_made_with(about) if about else "",
     )
 
 
 def _main(config: Experiment, scores: Mapping[str, Any]) -> dict[str, float | None]:
     return {task: values[config.tasks[task].metric] for task, values in scores.get("tasks", {}).items()}
+
+
+def _made_with(about: Mapping[str, Any]) -> str:
+    ranks = f" of {about['ranks']}" if about["ranks"] > 1 else ""
+    return f"{about['engine']}{ranks} in {about['precision']}"
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -304,9 +309,9 @@ def _difference(section: Section, row: Row) -> list[str]:
     found = section.difference(row)
     if found is None:
         return [NOTHING_YET if not row.outcomes else "", ""]
-    interval = f" [{found.interval[0]:+.3f}, {found.interval[1]:+.3f}]" if found.interval else ""
+    interval = f" [{found.interval[0]:+z.3f}, {found.interval[1]:+z.3f}]" if found.interval else ""
     p = NOTHING_YET if found.p is None else "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"
-    return [f"{found.mean:+.3f}{interval}", p]
+    return [f"{found.mean:+z.3f}{interval}", p]
 
 
 def _gain(section: Section, row: Row) -> str:
@@ -316,7 +321,7 @@ def _gain(section: Section, row: Row) -> str:
     if found is None:
         return NOTHING_YET
     of = f" ({len(found.tasks)} of {len(row.tasks)})" if len(found.tasks) < len(row.tasks) else ""
-    return f"{found.value:+.1%}{of}"
+    return f"{found.value:+z.1%}{of}"
 
 
 def _tokens(section: Section, row: Row) -> str:
@@ -324,9 +329,12 @@ def _tokens(section: Section, row: Row) -> str:
         return NOTHING_YET
     ratio = section.budget(row)
     unequal = ratio is not None and not 1 / EQUAL_BUDGETS <= ratio <= EQUAL_BUDGETS
-    millions = row.tokens / 1e6
-    shown = f"{millions:,.1f}" if millions >= 10 else f"{millions:.3g}"
-    return shown + (f" ({ratio:.2g} ×)" if unequal else "")
+    return in_millions(row.tokens) + (f" ({ratio:.2g} ×)" if unequal else "")
+
+
+def in_millions(tokens: float) -> str:
+    """A budget as people read it, however small."""
+    return f"{tokens / 1e6:,.1f}" if tokens >= 1e7 else f"{tokens / 1e6:.3g}"
 
 
 def _best_step(row: Row) -> str:

@@ -47,7 +47,7 @@ def submit(runs: Sequence[Run], out: Path, at_once: int | None, tell: Callable[[
     for run in left:
         if run.name in logs:
             tell(f"{run.name}: ended before it was done: {last_line(logs[run.name]) or 'no log'} ({logs[run.name]})")
-    if waiting:
+    if waiting := waiting & {run.name for run in runs}:
         tell(f"{len(waiting)} in the queue; the same command gathers what they come to")
     if not left:
         return

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
+    arguments.words = sys.argv[1:] if argv is None else argv  # as a study writes them down
     try:
         arguments.run(arguments)
     except UserError as error:
@@ -291,6 +292,7 @@ def _study(arguments: argparse.Namespace) -> None:
         arguments.only,
         arguments.jobs,
         arguments.slurm,
+        ["mtl-dist", *arguments.words],
     )
 
 

@@ -12,7 +12,6 @@ more seeds are more runs, and a config that was changed meanwhile is seen and re
 import fnmatch
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -473,10 +472,17 @@ class Screen:
 
 
 def study(
-    words: Sequence[str], out: Path, seeds: int, scale: float, only: list[str], jobs: int | None, slurm: bool
+    words: Sequence[str],
+    out: Path,
+    seeds: int,
+    scale: float,
+    only: list[str],
+    jobs: int | None,
+    slurm: bool,
+    command: list[str],
 ) -> None:
-    """The command: `words` are configs, folders of them, and overrides."""
-    for name, value in (("seeds", seeds), ("scale", scale), ("jobs", jobs or (1 if jobs is None else 0))):
+    """The command: `words` are configs, folders of them, and overrides; `command` is all of it, as it was typed."""
+    for name, value in (("seeds", seeds), ("scale", scale), ("jobs", 1 if jobs is None else jobs)):
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"--{name} is {value:g}; give a number above 0")
     if out.exists() and not out.is_dir():
@@ -488,5 +494,4 @@ def study(
     paths = [Path(word) for word in words if word not in overrides]
     if not paths:
         raise UserError("which configs? give files, or folders of them")
-    command = ["mtl-dist", *sys.argv[1:]]
     run_study(Wanted(configs_of(paths), overrides, out, seeds, scale, only, jobs, command), slurm)

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import mtl_dist
+from mtl_dist import __version__
 from mtl_dist.config import refusing
 from mtl_dist.doctor import facts
 from mtl_dist.metrics import OVERALL
@@ -97,7 +97,7 @@ def machine() -> str:
 @cache
 def version() -> str:
     """The package's version, and the commit where it is a checkout of its own repository."""
-    package = Path(mtl_dist.__file__).parent
+    package = Path(__file__).parents[1]
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True)
@@ -107,7 +107,7 @@ def version() -> str:
         commit = git("describe", "--always", "--dirty") if git("ls-files", "__init__.py") else ""
     except OSError:
         commit = ""
-    return f"mtl_dist {mtl_dist.__version__}" + (f", commit {commit}" if commit else "")
+    return f"mtl_dist {__version__}" + (f", commit {commit}" if commit else "")
 
 
 def _markdown(study: Study, about: Mapping[str, str]) -> Iterator[str]:

@@ -173,13 +173,13 @@ class Gathering:
         for path in wanted.configs:
             with self._noting(path.stem):
                 self.runs += self._of_config(path)
-        if not self.runs:
-            raise UserError("\n".join(self.faults()))
-        with refusing(f"cannot write {wanted.out}"):
-            wanted.out.mkdir(parents=True, exist_ok=True)
         for run in self.runs:
             self._look_at(run)
         self.budget = self._budget()
+        if not (self.done or self.budget):
+            raise UserError("\n".join(self.faults()))
+        with refusing(f"cannot write {wanted.out}"):
+            wanted.out.mkdir(parents=True, exist_ok=True)
 
     def _of_config(self, path: Path) -> Iterator[Planned]:
         """The runs of a config: the seeds that are asked for, and those that are there already."""

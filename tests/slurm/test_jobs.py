@@ -178,7 +178,7 @@ def test_tasks_of_an_array_train_the_lines_of_a_list(experiment: Path, tmp_path:
     assert "has no line 0" in beyond.log
 
 
-def test_a_study_is_submitted_once_and_gathered(experiment: Path, tmp_path: Path) -> None:
+def test_a_study_enters_the_queue_once_and_is_gathered(experiment: Path, tmp_path: Path) -> None:
     for key, steps in (("brief", 2), ("long", 2000)):
         text = experiment.read_text(encoding="utf-8").replace("steps: 6", f"steps: {steps}")
         (tmp_path / f"{key}.yaml").write_text(text, encoding="utf-8")

@@ -223,7 +223,10 @@ def test_mistakes_are_one_line(configs: Path, capsys: pytest.CaptureFixture[str]
         (["seed=3"], "override 'seed=3': a study sets this for every run; see --out and --seeds"),
         (["--out", str(configs / "file")], f"--out {configs}/file is a file; give a folder"),
         (["sede=3", "--only", "joint"], "joint: override 'sede=3': the top level has no field 'sede'"),
-        (["data_dir=/nowhere"], "override 'data_dir=/nowhere'"),
+        (
+            ["data_dir=/nowhere"],
+            f"alone, crashes, joint: {configs}/base.yaml:16: tasks.mood.train: cannot read /nowhere/",
+        ),
     ):
         assert study(configs, *words) == 2
         assert expected in capsys.readouterr().err

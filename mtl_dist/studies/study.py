@@ -82,8 +82,9 @@ def run_study(wanted: Wanted, slurm: bool) -> None:
     """Runs what is not done yet, here or as an array of SLURM, and gathers all that is."""
     console = make_console(True)
     study = Gathering(wanted, console)
-    for line in study.faults():
-        study.tell(line)  # now, and not only when all others have ended
+    if not console.is_terminal:  # where they stand under the runs
+        for line in study.faults():
+            study.tell(line)  # now, and not only when all others have ended
     try:
         if slurm:
             array.submit(study.waiting(), wanted.out, wanted.jobs, study.tell)

@@ -3,15 +3,17 @@
 python -m pytest tests/studies/test_table.py
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mtl_dist.config import UserError, load
 from mtl_dist.experiment import Experiment
-from mtl_dist.studies.document import sections_of
+from mtl_dist.studies.document import Study, differences, sections_of, write
 from mtl_dist.studies.published import Published, published_beside
 from mtl_dist.studies.table import Outcome, Row, Section, cells_of, changes_of, differing, stages_of
 
@@ -37,7 +39,7 @@ reports:
 
 def outcome(seed: int, tokens: int = 2_000_000, **scores: float | None) -> Outcome:
     """A run's outcome; overall scores are added where they are given."""
-    rows = dict.fromkeys(scores.keys() - {"overall_a", "overall_b"}, 100)
+    rows = {name: 100 for name in scores if not name.startswith("overall")}
     return Outcome(Path(f"run{seed}"), seed, 40, 20, tokens, 3.0, scores, {}, {}, rows, {}, "")
 
 
@@ -189,6 +191,49 @@ def test_what_only_one_run_has_is_no_difference(tiny: Path) -> None:
     assert changes is not None
     assert changes.rows == [["optim.lr", "0.001", "a"], ["", "1.0", "b"]]
     assert changes_of(rows[:1]) is None
+
+
+def study_of(tiny: Path, *outcomes: Outcome) -> Study:
+    """A study of one published system at a tenth of its length."""
+    numbers = published(tiny)
+    rows = [
+        row(tiny, "base", *outcomes, wanted=2, published=numbers.reports["r1"].systems["base"]),
+        row(tiny, "mine", *outcomes, wanted=2, overrides=("optim.lr=1",)),
+    ]
+    return Study(["mtl-dist", "study"], 0.1, ["data_dir=x"], sections_of(rows, numbers), numbers)
+
+
+def test_what_differs_from_the_reports_is_said(tiny: Path) -> None:
+    numbered = replace(joint(0, 0.4), train_rows={"mood": 40})
+    study = study_of(tiny, numbered)
+    rows = {"train_rows": {"mood": 50, "same": 9}, "dev_rows": {"mood": 6}}
+    study = replace(study, published=study.published.model_copy(update=rows))
+    assert [*differences(study)] == [
+        ("encoder", "bert-base-uncased", "new, of a shape of its own"),
+        ("train rows", "Mood 50", "Mood 40"),
+        ("dev rows", "Mood 6", "Mood 100, same 100, near 100"),
+        ("budget: length of every stage", "full", "0.1 of it"),
+        ("seeds", "not given", "2"),
+        ("override", "", "`data_dir=x`"),
+    ]
+
+
+def test_the_documents_are_whole_however_much_is_done(tiny: Path) -> None:
+    ours = []
+    for outcomes in ((), (joint(0, 0.4),), (joint(0, 0.4), joint(1, 0.6))):
+        write(study_of(tiny, *outcomes), tiny.parent)
+        text = (tiny.parent / "study.md").read_text()
+        assert f"| runs done | {2 * len(outcomes)} of 4 |" in text
+        assert "## Report r1: what helps" in text and "## Without published numbers" in text
+        assert (tiny.parent / "study.csv").read_text().count("\n") == 1 + 2 * len(outcomes)
+        document = json.loads((tiny.parent / "study.json").read_text())
+        assert [len(part["rows"]) for part in document["reports"]] == [1, 1]
+        picture = Image.open(tiny.parent / "study.png").convert("RGB")
+        pixels = {colour: number for number, colour in picture.getcolors(maxcolors=2**24) or []}
+        assert pixels[0xD5, 0x5E, 0x00] > 0  # published
+        ours.append(pixels[0x00, 0x72, 0xB2])  # in the legend; then eight dots, of each system three tasks and A or B
+        assert not [*tiny.parent.glob("draft-*")]
+    assert ours[0] * 4 < ours[1]
 
 
 def test_a_mistake_in_published_numbers_is_one_line(tiny: Path) -> None:

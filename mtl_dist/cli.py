@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
+    arguments.words = sys.argv[1:] if argv is None else argv  # as a study writes them down
     try:
         arguments.run(arguments)
     except UserError as error:
@@ -155,6 +156,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", choices=("dev", "test"), default="dev")
     sub.add_argument("--most", type=int, metavar="N", default=50, help="rows on the page; all are in errors.jsonl")
     sub.add_argument("--out", type=Path, metavar="DIR", help="where to write; by default RUN/errors/TASK-SPLIT")
+    as_json(sub)
+
+    sub = command("study", _study, "train many configs with several seeds, and put what came of them into one table")
+    sub.add_argument(
+        "overrides", metavar="FOLDER|FILE|KEY=VALUE", nargs="*", help="configs, and what is overridden in all of them"
+    )
+    sub.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder of the runs and of the table")
+    sub.add_argument("--seeds", type=int, metavar="N", default=1, help="runs of each config, its own seed first")
+    sub.add_argument("--scale", type=float, metavar="X", default=1.0, help="multiplies every length of every stage")
+    sub.add_argument("--only", metavar="PATTERN", action="append", default=[], help="such as '003-*'; can be repeated")
+    sub.add_argument("--jobs", type=int, metavar="N", help="runs at a time; by default 1, on SLURM as many as fit")
+    sub.add_argument("--slurm", action="store_true", help="submit the runs as a job array instead")
+
+    sub = command("compare", _compare, "print finished runs side by side, and where their configs differ")
+    sub.add_argument("run_folders", metavar="RUN", type=Path, nargs="+", help="run folders, or those of studies")
     as_json(sub)
 
     config(command("prepare", _prepare, "check and tokenise an experiment's data, so that training starts at once"))
@@ -335,6 +351,41 @@ def _errors(arguments: argparse.Namespace) -> None:
             _print(part)
 
 
+def _study(arguments: argparse.Namespace) -> None:
+    from mtl_dist.studies.study import study
+
+    study(
+        arguments.overrides,
+        arguments.out,
+        arguments.seeds,
+        arguments.scale,
+        arguments.only,
+        arguments.jobs,
+        arguments.slurm,
+        ["mtl-dist", *arguments.words],
+    )
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from mtl_dist.studies.compare import compared
+    from mtl_dist.studies.document import as_json
+    from mtl_dist.studies.table import cells_of, changes_of
+
+    section, problems = compared(arguments.run_folders)
+    if section is not None and arguments.json:
+        _write(json.dumps(as_json(section), indent=2))
+    elif section is not None:
+        cells = cells_of(section)
+        _print(cells.as_table(), width=300)
+        for note in cells.notes:
+            _write(note)
+        if (changes := changes_of(section.rows)) is not None:
+            _write("")
+            _print(changes.as_table(), width=300)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
 def _prepare(arguments: argparse.Namespace) -> None:
     config = _experiment(arguments.config, arguments.overrides)
     from mtl_dist.data.prepare import train_rows_in_dev
@@ -440,11 +491,15 @@ def _corpus(arguments: argparse.Namespace) -> None:
     _write(f"{arguments.folder}: {', '.join(f'{size:,} rows of {task}' for task, size in sizes.items())}")
 
 
-def _print(renderable: object) -> None:
+def _print(renderable: object, width: int | None = None) -> None:
+    """To the screen; into a file as wide as it takes, where that may be much."""
     from mtl_dist.watch.screen import make_console
 
+    console = make_console(True, lasting=False)
+    if width and not console.is_terminal:
+        console.width = width
     with _output():
-        make_console(True, lasting=False).print(renderable)
+        console.print(renderable)
 
 
 def _write(text: str) -> None:

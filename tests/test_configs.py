@@ -11,7 +11,7 @@ from mtl_dist.config import load
 from mtl_dist.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted((ROOT / "configs").rglob("*.yaml"))
+EXPERIMENTS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "published.yaml")
 LAUNCHES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 

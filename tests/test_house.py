@@ -22,7 +22,7 @@ HOUSE = """
     experiment
     training: engine scores resume folder setup books loop
     runs: story predict slices analysis error_page errors
-    studies: cost plan jobs space findings sweep
+    studies: cost plan jobs space findings sweep statistics published table picture document compare array study
     cli
 """  # from the ground up; within a line, and so within a room, from left to right
 

@@ -64,13 +64,18 @@ def submit(
 
     `last` is what may begin so all the same.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", **variables}
+    environment = of_a_user(**variables)
     options = [f"--nodes={nodes}", f"--gpus-per-node={gpus}", f"--output={log}"]
     options += [word for word in command if word.startswith("--")]
     rest = [word for word in command if not word.startswith("--")]
     number = tool("sbatch", "--parsable", *options, f"slurm/{script}.sbatch", *rest, *last, environment=environment)
     return Job(number.strip(), log)
+
+
+def of_a_user(**variables: str) -> dict[str, str]:
+    """The environment of a user who submits."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
+    return environment | {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", **variables}
 
 
 def preempt() -> None:

@@ -6,6 +6,7 @@ python -m pytest tests/slurm
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import write_experiment
-from tests.slurm.cluster import Job, cut, mend, preempt, records, steps_done, submit, tool
+from tests.slurm.cluster import Job, cut, mend, of_a_user, preempt, records, steps_done, submit, tool
 
 STEPS = 240
 PCGRAD = "gradients.combiner={kind: pcgrad}"
@@ -197,6 +198,36 @@ def test_workers_of_an_array_share_a_sweep(experiment: Path, tmp_path: Path) -> 
     logs = [(out / f"trials/{number}.log").read_text() for number in range(3)]
     assert sum(log.count("SIGTERM: saved after step") for log in logs) == 1
     assert sum(log.count("going on after step") for log in logs) == 1
+
+
+def test_a_study_enters_the_queue_once_and_is_gathered(experiment: Path, tmp_path: Path) -> None:
+    for key, steps in (("brief", 2), ("long", 2000)):
+        text = experiment.read_text(encoding="utf-8").replace("steps: 6", f"steps: {steps}")
+        (tmp_path / f"{key}.yaml").write_text(text, encoding="utf-8")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mtl_dist", "study", str(tmp_path), "--out", str(out), "--slurm", *TRAINING]
+
+    def study() -> str:
+        return tool(*command, environment=of_a_user(SBATCH_GPUS_PER_NODE="0", SBATCH_NODES="1"))
+
+    said = study()
+    (number,) = re.findall(r"submitted 2 runs as job (\d+);", said)
+    brief, long = (Job(f"{number}_{i}", out / f"slurm/{number}_{i}.log") for i in (1, 2))
+    reach(long, out / "runs/long/seed-0", 10)
+    brief.must_complete()
+    said = study()
+    assert "1 in the queue" in said and "1 of 2 runs done" in said and "submitted" not in said
+    # What was cancelled is submitted once more, and goes on.
+    tool("scancel", long.number)
+    long.wait_until("cleared away", lambda: long.facts["JobState"] == "CANCELLED")
+    said = study()
+    assert "long seed-0: ended before it was done: " in said
+    (again,) = re.findall(r"submitted 1 runs as job (\d+);", said)
+    Job(f"{again}_1", out / f"slurm/{again}_1.log").must_complete()
+    assert "going on after step" in (out / f"slurm/{again}_1.log").read_text()
+    said = study()
+    assert "2 of 2 runs done" in said and "submitted" not in said
+    assert "| long | " in (out / "study.md").read_text()
 
 
 def test_zero2_on_two_nodes_is_stopped_and_goes_on(experiment: Path, run: Path) -> None:

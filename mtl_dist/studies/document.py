@@ -36,6 +36,7 @@ class Study:
     sections: list[Section]
     published: Published
     undone: dict[str, str] = field(default_factory=dict)  # runs, and configs that do not load, and why
+    lr_scale: float = 1.0
 
     @property
     def rows(self) -> list[Row]:
@@ -186,6 +187,8 @@ def differences(study: Study) -> Iterator[tuple[str, str, str]]:
             ", ".join(f"{names[task]} {rows:,}" for task, rows in theirs.items() if task in ours or not ours),
             ", ".join(f"{names[task]} {' or '.join(f'{n:,}' for n in rows)}" for task, rows in ours.items()) or "–",
         )
+    if study.lr_scale != 1:
+        yield "learning rates, all of them", "as published", f"{study.lr_scale:g} ×"
     yield "budget: length of every stage", "full", "full" if study.scale == 1 else f"{study.scale:g} of it"
     yield "seeds", "not given", str(max(row.wanted for row in study.rows)) if study.rows else "–"
     for override in study.overrides:
@@ -218,6 +221,7 @@ def _json(study: Study, about: Mapping[str, str]) -> dict[str, Any]:
     return {
         "about": about,
         "scale": study.scale,
+        "lr_scale": study.lr_scale,
         "overrides": study.overrides,
         "differs_from_reports": [list(each) for each in differences(study)] if study.published.reports else [],
         "reports": [as_json(section) for section in study.sections],

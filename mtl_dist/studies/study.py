@@ -53,6 +53,7 @@ class Wanted:
     out: Path
     seeds: int = 1
     scale: float = 1.0
+    lr_scale: float = 1.0
     only: list[str] = field(default_factory=list)
     jobs: int | None = None  # at a time; by default one here, and as many as there is room for on a cluster
     command: list[str] = field(default_factory=list)  # as it was typed
@@ -126,10 +127,12 @@ def _extended(file: Path) -> Path | None:
     return (file.parent / base).resolve() if isinstance(base, str) else None
 
 
-def scaled(config: Experiment, scale: float) -> list[str]:
-    """The overrides that multiply every length of every stage: epochs, steps, warm-up, and UniMax's epochs."""
+def scaled(config: Experiment, scale: float, lr_scale: float = 1.0) -> list[str]:
+    """The overrides that multiply every length of every stage (epochs, steps, warm-up, and UniMax's epochs), and every
+    learning rate.
+    """
 
-    def of(
+    def lengths(
         prefix: str, epochs: float | None, steps: int | None, schedule: Schedule | None, mixer: AnyMixer | None
     ) -> Iterator[str]:
         if epochs is not None:
@@ -142,12 +145,15 @@ def scaled(config: Experiment, scale: float) -> list[str]:
             at = f"{prefix}schedule" if prefix else "optim.schedule"
             yield f"{at}.warmup_steps={round(schedule.warmup_steps * scale)}"
 
-    if scale == 1:
-        return []
-    epochs = 1.0 if config.epochs is None and config.steps is None else config.epochs  # the default is a length as well
-    overrides = [*of("", epochs, config.steps, config.optim.schedule, config.mixer)]
-    for number, stage in enumerate(config.stages):
-        overrides += of(f"stages.{number}.", stage.epochs, stage.steps, stage.schedule, stage.mixer)
+    overrides: list[str] = []
+    if scale != 1:
+        epochs = 1.0 if config.epochs is None and config.steps is None else config.epochs  # the default is one as well
+        overrides += lengths("", epochs, config.steps, config.optim.schedule, config.mixer)
+        for number, stage in enumerate(config.stages):
+            overrides += lengths(f"stages.{number}.", stage.epochs, stage.steps, stage.schedule, stage.mixer)
+    if lr_scale != 1:
+        rates = {"optim.lr": config.optim.lr, **{f"stages.{n}.lr": stage.lr for n, stage in enumerate(config.stages)}}
+        overrides += [f"{key}={_times(rate, lr_scale)}" for key, rate in rates.items() if rate is not None]
     return overrides
 
 
@@ -190,7 +196,7 @@ class Gathering:
         if not there and key not in self.chosen:
             return
         as_written = load(Experiment, path, wanted.overrides)
-        overrides = [*wanted.overrides, *scaled(as_written, wanted.scale)]
+        overrides = [*wanted.overrides, *scaled(as_written, wanted.scale, wanted.lr_scale)]
         asked = {as_written.seed + n for n in range(wanted.seeds)} if key in self.chosen else set()
         for seed in sorted(asked | there):
             own = (*overrides, f"seed={seed}", f"output_dir={folder / f'seed-{seed}'}")
@@ -280,7 +286,15 @@ class Gathering:
         sections = document.sections_of(rows, self.published)
         wanted = self.wanted
         document.write(
-            document.Study(wanted.command, wanted.scale, wanted.overrides, sections, self.published, self.undone),
+            document.Study(
+                wanted.command,
+                wanted.scale,
+                wanted.overrides,
+                sections,
+                self.published,
+                self.undone,
+                wanted.lr_scale,
+            ),
             wanted.out,
             with_picture,
         )
@@ -477,13 +491,15 @@ def study(
     out: Path,
     seeds: int,
     scale: float,
+    lr_scale: float,
     only: list[str],
     jobs: int | None,
     slurm: bool,
     command: list[str],
 ) -> None:
     """The command: `words` are configs, folders of them, and overrides; `command` is all of it, as it was typed."""
-    for name, value in (("seeds", seeds), ("scale", scale), ("jobs", 1 if jobs is None else jobs)):
+    numbers = {"seeds": seeds, "scale": scale, "lr-scale": lr_scale, "jobs": 1 if jobs is None else jobs}
+    for name, value in numbers.items():
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"--{name} is {value:g}; give a number above 0")
     if out.exists() and not out.is_dir():
@@ -495,4 +511,4 @@ def study(
     paths = [Path(word) for word in words if word not in overrides]
     if not paths:
         raise UserError("which configs? give files, or folders of them")
-    run_study(Wanted(configs_of(paths), overrides, out, seeds, scale, only, jobs, command), slurm)
+    run_study(Wanted(configs_of(paths), overrides, out, seeds, scale, lr_scale, only, jobs, command), slurm)

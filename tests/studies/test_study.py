@@ -213,12 +213,21 @@ def test_a_scale_multiplies_every_length(tiny: Path, overrides: list[str], scale
     load(Experiment, tiny, [*overrides, *found])
 
 
+def test_learning_rates_are_scaled_alike(tiny: Path) -> None:
+    overrides = ["optim.lr=2e-5", "stages=[{lr: 1.0e-3}, {steps: 2}]"]
+    found = scaled(load(Experiment, tiny, overrides), 1, 5)
+    assert found == ["optim.lr=0.0001", "stages.0.lr=0.005"]
+    first, second = load(Experiment, tiny, [*overrides, *found]).all_stages()
+    assert (first.optim.lr, second.optim.lr) == (5e-3, 1e-4)
+
+
 def test_mistakes_are_one_line(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (configs / "file").write_text("")
     for words, expected in (
         (["--seeds", "0"], "--seeds is 0; give a number above 0"),
         (["--jobs", "-1"], "--jobs is -1; give a number above 0"),
         (["--scale", "nan"], "--scale is nan; give a number above 0"),
+        (["--lr-scale", "0"], "--lr-scale is 0; give a number above 0"),
         (["--only", "x*"], "--only x* fits no config; there are alone, crashes, joint, wrong"),
         (["seed=3"], "override 'seed=3': a study sets this for every run; see --out and --seeds"),
         (["--out", str(configs / "file")], f"--out {configs}/file is a file; give a folder"),

@@ -67,6 +67,7 @@ class Planned:
     seed: int
     config: Experiment
     job: Job
+    asked: bool  # else it is there from an earlier time, and stays in the table
 
     @property
     def folder(self) -> Path:
@@ -192,7 +193,8 @@ class Gathering:
         """The runs of a config: the seeds that are asked for, and those that are there already."""
         key, wanted = path.stem, self.wanted
         folder = wanted.out / "runs" / key
-        there = {int(run.parent.name.removeprefix("seed-")) for run in folder.glob(f"seed-*/{CONFIG_FILE}")}
+        names = [run.parent.name.removeprefix("seed-") for run in folder.glob(f"seed-*/{CONFIG_FILE}")]
+        there = {int(name) for name in names if name.isdecimal()}
         if not there and key not in self.chosen:
             return
         as_written = load(Experiment, path, wanted.overrides)
@@ -200,8 +202,8 @@ class Gathering:
         asked = {as_written.seed + n for n in range(wanted.seeds)} if key in self.chosen else set()
         for seed in sorted(asked | there):
             own = (*overrides, f"seed={seed}", f"output_dir={folder / f'seed-{seed}'}")
-            config = load(Experiment, path, own)
-            yield Planned(key, seed, config, Job(f"{key} seed-{seed}", path, own, folder / f"seed-{seed}.log"))
+            job = Job(f"{key} seed-{seed}", path, own, folder / f"seed-{seed}.log")
+            yield Planned(key, seed, load(Experiment, path, own), job, seed in asked)
 
     def _look_at(self, run: Planned) -> bool:
         """Whether a run is done; refuses one that was made with other settings."""
@@ -228,7 +230,7 @@ class Gathering:
         """About how many tokens each run is trained on that is not done yet; those that cannot start are left out."""
         budget: dict[Path, float] = {}
         of_key: dict[str, float] = {}
-        for run in [run for run in self.runs if run.folder not in self.done]:
+        for run in [run for run in self.runs if run.asked and run.folder not in self.done]:
             with self._noting(run.key):
                 if run.key not in of_key and run.key not in self.undone:
                     of_key[run.key] = tokens_of(run.config, self.console)
@@ -265,15 +267,14 @@ class Gathering:
 
     def ended(self, run: Planned, code: int) -> bool:
         """Notes what came of a run that has just ended; whether it is done."""
-        done = code == 0 and self._look_at(run)
-        if not done:
-            why = last_line(run.job.log) or f"exit code {code}"
-            self.undone[run.name] = f"{why} ({run.job.log})"
+        with self._noting(run.name):
+            if code or not self._look_at(run):
+                raise UserError(f"{last_line(run.job.log) or f'exit code {code}'} ({run.job.log})")
         now = time.monotonic()
         if due := now - self.drawn > DRAW_EVERY_S:
             self.drawn = now
         self.write(with_picture=due)
-        return done
+        return run.name not in self.undone
 
     def write(self, with_picture: bool = True) -> None:
         """Writes the table as it is."""

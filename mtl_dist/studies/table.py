@@ -353,6 +353,9 @@ def _notes(section: Section, gains: bool) -> Iterator[str]:
     ratios = [section.budget(row) for row in section.rows]
     if any(ratio is not None and not 1 / EQUAL_BUDGETS <= ratio <= EQUAL_BUDGETS for ratio in ratios):
         yield "Rows with × were trained on so many times the reference's tokens: they differ in their budgets as well."
+    if outcomes := [each for row in section.rows for each in row.outcomes]:
+        total = in_millions(sum(each.tokens for each in outcomes))
+        yield f"Budget of all {len(outcomes)} runs together: {total} million tokens."
     if gains:
         named = ", ".join(f"{row.key} ({section.shown(task)})" for task, row in section.baselines.items())
         yield f"Δm is the mean relative gain of the tasks (of so many of them) over each trained alone: {named}."

@@ -148,10 +148,15 @@ def test_a_killed_study_goes_on(configs: Path) -> None:
         assert process.stdout is not None
         said = process.stdout.read()
         assert process.wait() == 130
+    assert "stopping: 1 runs save what they have" in said
     assert "brief seed-0" not in said and "joint seed-0: started" in said
     assert f"1 of 2 runs done: {out}/study.md" in said
     assert "SIGTERM: saved after step" in log.read_text().splitlines()[-1]
     assert ended(out) == before
+    # A run that is there and not asked for stays as it is.
+    said = log.read_text()
+    assert main([*command[3:], "--only", "brief"]) == 0
+    assert log.read_text() == said and ended(out) == before
     assert "| joint |" in (out / "study.md").read_text()
 
 

@@ -7,10 +7,10 @@ trained on unequal numbers of tokens.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,9 @@ class Cells:
     def as_table(self) -> Table:
         """For a terminal."""
         table = plain_table(*self.header, texts=self.header[: self.texts])
+        for column in table.columns:
+            column.overflow = "fold"  # half a number is another one
+        table.columns[0].no_wrap = True
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -254,46 +257,43 @@ class Cells:
 
 
 def cells_of(section: Section) -> Cells:
-    """A section, cell by cell: published beside ours wherever something was published."""
-    rows, seeds = section.rows, any(row.wanted > 1 for row in section.rows)
-    several = [row for row in rows if len(row.tasks) > 1]
-    names = [*section.tasks, *(OVERALL if several else [])]
-    published = {name for name in names for row in rows if row.published and row.published.shown(name)}
-    reference = section.reference
-    compared = reference is not None and len(rows) > 1
-    gains = bool(section.baselines) and bool(several)
-
-    header = ["system"]
-    header += ["where"] * (section.report is not None) + ["seeds"] * seeds
-    texts = 1 + (section.report is not None)
-    for name in names:
+    """A section, column by column: published beside ours wherever something was published."""
+    rows, of_report = section.rows, section.report is not None
+    several = any(len(row.tasks) > 1 for row in rows)
+    gains = bool(section.baselines) and several
+    columns: list[tuple[str, Callable[[Row], str]]] = [("system", lambda row: row.key)]
+    if of_report:
+        columns += [("where", lambda row: row.published.where if row.published else "")]
+    texts = len(columns)
+    if any(row.wanted > 1 for row in rows):
+        columns += [("seeds", _seeds)]
+    for name in [*section.tasks, *(OVERALL if several else [])]:
         shown = section.shown(name)
-        header += (
-            [f"{shown}, published", f"{shown}, ours"]
-            if name in published
-            else [f"{shown}, ours" if section.report else shown]
-        )
-    if compared:
-        header += [f"{section.shown(section.score)} against reference", "p"]
-    header += ["Δm"] * gains + ["M tokens", "best step"]
+        if any(row.published and row.published.shown(name) for row in rows):
+            columns += [(f"{shown}, published", partial(_published, name))]
+        columns += [(f"{shown}, ours" if of_report else shown, partial(_ours, name))]
+    if section.reference is not None and len(rows) > 1:
+        columns += [(f"{section.shown(section.score)} against reference", partial(_against, section))]
+        columns += [("p", partial(_p, section))]
+    if gains:
+        columns += [("Δm", partial(_gain, section))]
+    columns += [("M tokens", partial(_tokens, section)), ("best step", _best_step)]
+    lines = [[cell(row) for _, cell in columns] for row in rows]
+    return Cells([header for header, _ in columns], lines, texts, list(_notes(section, gains)))
 
-    lines = []
-    for row in rows:
-        line = [row.key]
-        line += [row.published.where if row.published else ""] * (section.report is not None)
-        line += [f"{len(row.outcomes)}" + f" of {row.wanted}" * (len(row.outcomes) < row.wanted)] * seeds
-        for name in names:
-            if name in published:
-                line.append(row.published.shown(name) if row.published else "")
-            has_it = name in row.tasks or (name in OVERALL and len(row.tasks) > 1)
-            line.append(shown_spread(row.spread(name)) if has_it else "")
-        if compared:
-            line += _difference(section, row)
-        if gains:
-            line.append(_gain(section, row))
-        line += [_tokens(section, row), _best_step(row)]
-        lines.append(line)
-    return Cells(header, lines, texts, list(_notes(section, gains)))
+
+def _seeds(row: Row) -> str:
+    done = len(row.outcomes)
+    return f"{done} of {row.wanted}" if done < row.wanted else f"{done}"
+
+
+def _published(name: str, row: Row) -> str:
+    return row.published.shown(name) if row.published else ""
+
+
+def _ours(name: str, row: Row) -> str:
+    has_it = name in row.tasks or (name in OVERALL and len(row.tasks) > 1)
+    return shown_spread(row.spread(name)) if has_it else ""
 
 
 def shown_spread(found: Spread | None) -> str:
@@ -303,15 +303,21 @@ def shown_spread(found: Spread | None) -> str:
     return f"{found.mean:.3f}" + (f" ± {found.sd:.3f}" if found.sd is not None else "")
 
 
-def _difference(section: Section, row: Row) -> list[str]:
+def _against(section: Section, row: Row) -> str:
     if row is section.reference:
-        return ["reference", ""]
+        return "reference"
     found = section.difference(row)
     if found is None:
-        return [NOTHING_YET if not row.outcomes else "", ""]
+        return "" if row.outcomes else NOTHING_YET
     interval = f" [{found.interval[0]:+z.3f}, {found.interval[1]:+z.3f}]" if found.interval else ""
-    p = NOTHING_YET if found.p is None else "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"
-    return [f"{found.mean:+z.3f}{interval}", p]
+    return f"{found.mean:+z.3f}{interval}"
+
+
+def _p(section: Section, row: Row) -> str:
+    found = section.difference(row)
+    if found is None or found.p is None:
+        return "" if found is None else NOTHING_YET
+    return "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"
 
 
 def _gain(section: Section, row: Row) -> str:

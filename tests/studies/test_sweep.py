@@ -208,6 +208,21 @@ def test_stopped_or_killed_it_goes_on_and_no_trial_is_lost(tiny: Path) -> None:
     assert sorted(path.name for path in (sweep / "trials").glob("*.log")) == ["0.log", "1.log"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_becomes_of_runs_that_somebody_else_ends(tiny: Path) -> None:
+    write_space(tiny)
+    logs = [tiny.parent / f"run-sweep/trials/{number}.log" for number in range(2)]
+    with started(tiny, 2, *SLOW, "--jobs", "2") as sweep:
+        until(lambda: all(log.exists() and "step 4/" in log.read_text() for log in logs))
+        children = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
+        for child, number in zip(children, (signal.SIGTERM, signal.SIGKILL), strict=True):
+            os.kill(int(child), number)
+        shown, _ = sweep.communicate()
+    assert "trial 0  was stopped by somebody else, and is left to go on" in shown
+    assert f"trial 1  failed: killed by SIGKILL ({logs[1]})" in shown
+    assert shown.endswith("trials: 0 done, 1 failed, 1 under way\n") and sweep.returncode == 0
+
+
 def test_processes_share_a_journal(tiny: Path) -> None:
     write_space(tiny)
     several = [started(tiny, 3, "steps=3", "--storage", "journal") for _ in range(2)]

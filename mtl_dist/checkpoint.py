@@ -145,10 +145,10 @@ class RunLock:
     def __init__(self) -> None:
         self.file: TextIO | None = None
 
-    def take(self, folder: Path, patience_s: float, tell: Callable[[str], object]) -> None:
+    def take(self, folder: Path, patience_s: float, tell: Callable[[str], object], said_by: str = "output_dir") -> None:
         """Takes the run folder, or says who has it; over a network a dead machine's lock lasts a while."""
         path = folder / LOCK
-        with refusing(f"output_dir: cannot write {folder}"):
+        with refusing(f"{said_by}: cannot write {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
         deadline, waited = time.monotonic() + patience_s, False
@@ -166,12 +166,12 @@ class RunLock:
                     time.sleep(1)
                     continue
                 file.close()
-                raise UserError(f"output_dir: {holder} is training in {folder}; choose another folder") from None
+                raise UserError(f"{said_by}: {holder} is training in {folder}; choose another folder") from None
             except OSError as error:  # a file system that knows no locks
                 tell(f"{path}: {error.strerror}; nothing keeps a second job out of this folder")
                 break
         self.file = file
-        with refusing(f"output_dir: cannot write {path}"):
+        with refusing(f"{said_by}: cannot write {path}"):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()

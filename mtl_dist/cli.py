@@ -211,8 +211,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _sweep(arguments: argparse.Namespace) -> None:
     if not importlib.util.find_spec("optuna"):
         raise UserError("a sweep needs Optuna: pip install 'mtl_dist[sweep]'")
-    if "WORLD_SIZE" in os.environ:
-        raise UserError("a sweep starts its processes itself: leave `accelerate launch -m` away, and say --jobs")
+    _refuse_launcher("a sweep")
     for option, least in (("trials", 1), ("jobs", 1), ("seed", 0)):
         if (given := getattr(arguments, option)) < least:
             raise UserError(f"--{option} is {given}; give {least} or more")
@@ -352,7 +351,13 @@ def _errors(arguments: argparse.Namespace) -> None:
             _print(part)
 
 
+def _refuse_launcher(what: str) -> None:
+    if "WORLD_SIZE" in os.environ:
+        raise UserError(f"{what} starts its processes itself: leave `accelerate launch -m` away, and say --jobs")
+
+
 def _study(arguments: argparse.Namespace) -> None:
+    _refuse_launcher("a study")
     from mtl_dist.studies.study import study
 
     study(

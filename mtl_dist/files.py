@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mtl_dist.config import UserError
+from mtl_dist.config import UserError, refusing
 
 SUMS = "sha256sums"  # of the other files in a folder; `sha256sum -c` reads it as well
 
@@ -55,6 +55,15 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A draft to be written, which then takes the place of a file: whoever reads that sees the old or the new one."""
+    draft = path.with_name(f"draft-{path.name}")  # with the suffix, by which some know what to write
+    with refusing(f"cannot write {path}"):
+        yield draft
+        draft.replace(path)
 
 
 def drafts(name: str) -> tuple[str, str]:

@@ -213,8 +213,7 @@ def build_optimizer(
             lr_scale = setting["lr_scale"] * setting["layer_decay"] ** _depth(name, num_layers)
             params_by_setting[lr_scale, setting["weight_decay"]].append(param)
     if not params_by_setting:
-        who = "optim.rules freeze" if not idle else "its objective has no use for, or optim.rules freeze,"
-        raise UserError(f"{who} every parameter that the stage trains; leave some to train")
+        raise UserError("optim.rules freeze every parameter that the stage trains; leave some to train")
 
     groups = [
         {

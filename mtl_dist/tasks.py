@@ -183,7 +183,8 @@ class TaskConfig(Config):
         if self.ranking is not None and vectors_SD is not None:
             first_ND, second_ND = (side[: len(batch.rows)] for side in vectors_SD.chunk(2))
             ranking_N = self.ranking.per_example(first_ND, second_ND, batch.gold_N, batch.rows_W, self.label)
-            loss_N = loss_N + self.ranking.weight * ranking_N
+            # One vector that is no number makes none of all: the row that it is of is the one whose own loss is lost.
+            loss_N = loss_N + self.ranking.weight * ranking_N.where(ranking_N.isfinite(), 0.0)
         return loss_N * batch.weight_N
 
     def source(self, split: SplitName, data_dir: Path) -> Source | None:

@@ -52,6 +52,7 @@ def dry(world: int, config: Path, *overrides: str, mistake: Callable[[], Any] = 
     return {"waits": dict(waits), "problems": dict(gpu.problems), "kernels": kernels, "sent": dict(gpu.sent)}
 
 
+AVERAGE = "optim.average={decay: 0.9}"
 PLAIN = {"training/books.py settle: event": STEPS}  # what came of a step, read while the next one is under way
 SURGERY = PLAIN | {"surgery/rows.py summed: copy from the GPU": STEPS}  # the inner products
 
@@ -67,6 +68,12 @@ SURGERY = PLAIN | {"surgery/rows.py summed: copy from the GPU": STEPS}  # the in
         (1, [*BF16, PCGRAD], SURGERY),
         (1, [*BF16, PCGRAD, "gradients.every=4", "gradients.between=held"], PLAIN | {next(reversed(SURGERY)): 1}),
         (8, [*BF16, PCGRAD], SURGERY),
+        (
+            8,
+            [*BF16, PCGRAD, "tasks.same.head=sbert", "tasks.same.ranking={}", "tasks.mood.r_drop=1", AVERAGE],
+            SURGERY,
+        ),
+        (1, [*BF16, "stages=[{objective: mlm}]"], PLAIN),
         (8, [*BF16, PCGRAD, "gradients.accumulation=2", "gradients.buffer_dtype=bf16"], SURGERY),
         (8, [*BF16, PCGRAD, "gradients.reduce=reduce_scatter"], SURGERY),
         # Ours decides on the CPU whether to step. Moments that are carried on do not add to that.

@@ -156,11 +156,13 @@ WORDS = {  # ours -> theirs, of the head that BERT was pre-trained with
 
 
 def load_words(words: HiddenWords, folder: Path) -> None:
-    """Fills the head that finds hidden words from a checkpoint that has one; else it starts from random weights."""
+    """Fills the head that finds hidden words from a checkpoint that has one."""
     theirs = _read_tensors(folder)
     ours = words.state_dict()
     if all(foreign in theirs and theirs[foreign].shape == ours[name].shape for name, foreign in WORDS.items()):
         words.load_state_dict({name: theirs[foreign] for name, foreign in WORDS.items()})
+    else:
+        log.warning("%s has no head that finds hidden words: it starts from random weights", folder)
 
 
 def _clean(name: str) -> str:

@@ -60,12 +60,19 @@ def _of_calibration(calibration: Calibration) -> str:
 def _of_threshold(analysis: Analysis) -> str:
     assert analysis.threshold is not None and analysis.score.value is not None
     best, gain = analysis.threshold, analysis.threshold.accuracy - analysis.score.value
+    threshold = _below_one(best.threshold)
     if gain <= 0:
         return f"no threshold on p({best.yes}) does better than 0.5 on these rows"
     return (
-        f"a threshold of {best.threshold:.4g} on p({best.yes}) gives accuracy {best.accuracy:.4f} ({gain:+.4f}) here; "
+        f"a threshold of {threshold} on p({best.yes}) gives accuracy {best.accuracy:.4f} ({gain:+.4f}) here; "
         "it is fitted on these rows, so expect less of it on others"
     )
+
+
+def _below_one(probability: float) -> str:
+    """A probability with as many digits as tell it from 1."""
+    digits = 4 if probability >= 1 else max(4, 2 - math.floor(math.log10(1 - probability)))
+    return f"{probability:.{min(digits, 15)}f}".rstrip("0")
 
 
 def _cells(each: SliceScore) -> list[str]:
@@ -225,7 +232,7 @@ def _confusion(names: list[str], analysis: Analysis) -> Iterator[str]:
 def _slices(analysis: Analysis) -> Iterator[str]:
     side = "above" if analysis.pearson is not None else "below"
     yield f"## Slices\n\nA slice is called worse if its 95 % interval lies wholly {side} the {analysis.measure} of all"
-    yield "rows; one in forty is so by chance.\n"
+    yield "rows; by chance at most one in forty is, far fewer of those that hold many rows.\n"
     yield from _table(_heads(analysis), map(_cells, analysis.slices))
 
 

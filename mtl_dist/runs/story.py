@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mtl_dist.config import CONFIG_FILE, UserError, load
 from mtl_dist.experiment import Experiment
-from mtl_dist.model.multitask import BEST, saved_scores
-from mtl_dist.training.scores import Scores
+from mtl_dist.training.scores import Scores, deciding_score
 from mtl_dist.watch.recorder import METRICS
 
 Record = dict[str, Any]  # a line of metrics.jsonl
@@ -22,7 +23,6 @@ class Story:
     folder: Path
     config: Experiment
     records: list[Record]
-    best: Scores  # of the model that is kept, and the step it is from; nothing before the first evaluation
 
     @property
     def ended(self) -> bool:
@@ -33,6 +33,17 @@ class Story:
     def tokens(self) -> int:
         """What it was trained on so far, every token as often as it was read."""
         return next((record["tokens"] for record in reversed(self.records) if "tokens" in record), 0)
+
+    @cached_property
+    def dev(self) -> list[Record]:
+        """The scores on dev; without those of other tasks, which a run may have had before it was resumed."""
+        found = self.of_kind("dev")
+        return [record for record in found if record["tasks"].keys() == found[-1]["tasks"].keys()]
+
+    @property
+    def best(self) -> Scores:
+        """The scores of the model that was kept, and the step it is from; nothing before the first evaluation."""
+        return max(self.dev, key=lambda record: deciding_score(self.config, record), default={})
 
     def of_kind(self, kind: str) -> list[Record]:
         """The records of one kind, such as train or dev."""
@@ -48,15 +59,22 @@ def config_of(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 def story_of(folder: Path) -> Story:
     """What a run's folder tells; refuses a folder that is none."""
-    return Story(folder, config_of(folder), list(records_of(folder)), saved_scores(folder / BEST) or {})
+    return Story(folder, config_of(folder), list(records_of(folder)))
 
 
 def records_of(folder: Path) -> Iterator[Record]:
-    """The lines of metrics.jsonl so far; a last one that is still being written is left out."""
+    """The lines of metrics.jsonl so far."""
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        text = (folder / METRICS).read_bytes()
     except FileNotFoundError:
         return
-    for line in lines:
-        if line.endswith("\n"):
-            yield json.loads(line)
+    yield from parsed(text)
+
+
+def parsed(lines: bytes) -> Iterator[Record]:
+    """The records in some lines; without one that is still being written, or that a crash has damaged."""
+    for line in lines.splitlines(keepends=True):
+        with suppress(ValueError):
+            record = json.loads(line) if line.endswith(b"\n") else None
+            if isinstance(record, dict) and {"kind", "step"} <= record.keys():
+                yield record

@@ -5,10 +5,12 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
 from mtl_dist.config import UserError, refusing
+from mtl_dist.files import replacing_file
 from mtl_dist.studies.jobs import Job, last_line
 
 SCRIPT = Path("slurm/array_study.sbatch")
@@ -51,7 +53,8 @@ def submit(runs: Sequence[Run], out: Path, at_once: int | None, tell: Callable[[
         tell(f"{len(waiting)} in the queue; the same command gathers what they come to")
     if not left:
         return
-    listed = folder / f"list-{len(arrays) + 1}.txt"
+    # Not over the list of an array that was submitted by a study which died before it could note that.
+    listed = next(path for n in count(1) if not (path := folder / f"list-{n}.txt").exists())
     lines = [shlex.join([str(run.job.config), *run.job.overrides]) for run in left]
     with refusing(f"cannot write {listed}"):
         listed.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -60,8 +63,8 @@ def submit(runs: Sequence[Run], out: Path, at_once: int | None, tell: Callable[[
         ";"
     )[0]
     arrays[number] = [run.name for run in left]
-    with refusing(f"cannot write {file}"):
-        file.write_text(json.dumps(arrays, indent=1), encoding="utf-8")
+    with replacing_file(file) as draft:
+        draft.write_text(json.dumps(arrays, indent=1), encoding="utf-8")
     tell(f"submitted {len(left)} runs as job {number}; the same command gathers what they come to")
 
 

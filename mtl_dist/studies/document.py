@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mtl_dist import __version__
-from mtl_dist.config import refusing
 from mtl_dist.doctor import facts
+from mtl_dist.files import replacing_file
 from mtl_dist.metrics import OVERALL
 from mtl_dist.studies.picture import draw
 from mtl_dist.studies.published import Published
@@ -58,19 +57,11 @@ def write(study: Study, folder: Path, with_picture: bool = True) -> None:
         JSON: json.dumps(_json(study, about), indent=1),
     }
     for name, text in texts.items():
-        with _replacing(folder / name) as draft:
+        with replacing_file(folder / name) as draft:
             draft.write_text(text, encoding="utf-8")
     if with_picture:
-        with _replacing(folder / PICTURE) as draft:
+        with replacing_file(folder / PICTURE) as draft:
             draw(study.sections, draft)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    draft = path.with_name(f"draft-{path.name}")
-    with refusing(f"cannot write {path}"):
-        yield draft
-        draft.replace(path)
 
 
 def _about(study: Study) -> dict[str, str]:
@@ -192,7 +183,7 @@ def differences(study: Study) -> Iterator[tuple[str, str, str]]:
     yield "budget: length of every stage", "full", "full" if study.scale == 1 else f"{study.scale:g} of it"
     yield "seeds", "not given", str(max(row.wanted for row in study.rows)) if study.rows else "–"
     for override in study.overrides:
-        yield "override", "", f"`{override}`"
+        yield "override", "", f"`{override.replace('|', chr(92) + '|')}`"
 
 
 def _encoder(row: Row) -> str:

@@ -5,6 +5,7 @@ Whoever ends the process that started them, even by kill -9, ends them too: they
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from types import TracebackType
 from typing import Self
 
 import torch
+
+from mtl_dist.config import refusing
 
 GRACE_S = 120.0  # that a run may take to save and end when it is told to
 
@@ -84,8 +87,10 @@ class Jobs:
         assert self.has_room
         slot = min(set(range(self.at_once)) - {each.slot for each in self.started})
         command = ["-m", "mtl_dist", "train", str(job.config), *job.overrides, "--resume", "auto"]
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        with job.log.open("ab") as log:
+        with refusing(f"cannot write {job.log}"):
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            opened = job.log.open("ab")
+        with opened as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", _TIED, str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
@@ -119,8 +124,17 @@ class Jobs:
 
 
 def last_line(log: Path) -> str:
-    """What a run said last: of one that failed, why."""
+    """What a run said last: of one that failed, why. What slurm/train.sbatch says behind it is left out."""
     with contextlib.suppress(OSError):
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        said = (line.strip() for line in reversed(lines) if not re.match(r"\S+T\S+ job \S+: ", line))
+        return next(filter(None, said), "")
     return ""
+
+
+def why_it_ended(code: int, log: Path) -> str:
+    """Why a run ended undone."""
+    if code < 0:
+        hint = ": out of memory?" if code == -signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{hint}"
+    return last_line(log) or f"exit code {code}"

@@ -21,8 +21,9 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from mtl_dist.data.mixer import Explicit, Order, SampledOrder
+from mtl_dist.data.prepare import Split
 from mtl_dist.distributed import ENGINES, EngineName, Precision
-from mtl_dist.experiment import Experiment, LogConfig, StageConfig
+from mtl_dist.experiment import Experiment, LogConfig, Stage, StageConfig
 from mtl_dist.studies.cost import StageCost, Work, cost_of
 from mtl_dist.surgery.rows import row_length
 from mtl_dist.training.folder import Splits
@@ -122,12 +123,19 @@ def plan(
                 times_read=times_read,
                 # As it is shown: filling up the last batch of four epochs makes no fifth one.
                 repeated=draws > 0 and round(times_read, 1) > MOST_READS,
-                tokens=drawn * (1 if stage.finds_words else task.copies) * train_splits[name].num_tokens / rows[name],
+                tokens=tokens_of_draws(stage, name, draws, train_splits[name]),
             )
         tokens = sum(task.tokens for task in tasks.values())
         stages.append(StagePlan(stage.name, order.steps, tokens, trained, cost, tasks))
     steps, tokens = sum(stage.steps for stage in stages), sum(stage.tokens for stage in stages)
     return Plan(ranks, engine, precision, steps, tokens, stages)
+
+
+def tokens_of_draws(stage: Stage, name: str, draws: float, split: Split) -> float:
+    """About how many tokens some draws of a task are."""
+    task = stage.tasks[name]
+    copies = 1 if stage.finds_words else task.copies
+    return draws * task.batch_size * copies * split.num_tokens / len(split)
 
 
 def _elements(module: nn.Module, trained: bool = False) -> int:

@@ -10,8 +10,8 @@ more seeds are more runs, and a config that was changed meanwhile is seen and re
 """
 
 import fnmatch
-import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,15 +25,17 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from mtl_dist.config import CONFIG_FILE, UserError, differences, load, refusing
+from mtl_dist.checkpoint import RunLock
+from mtl_dist.config import CONFIG_FILE, UserError, differences, flow, load
 from mtl_dist.data.mixer import AnyMixer, UniMax
 from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 from mtl_dist.metrics import OVERALL
 from mtl_dist.optim import Schedule
-from mtl_dist.runs.story import Record, Story, story_of
+from mtl_dist.runs.story import Record, Story, parsed, story_of
 from mtl_dist.studies import array, document
-from mtl_dist.studies.jobs import Job, Jobs, last_line
+from mtl_dist.studies.jobs import Job, Jobs, why_it_ended
+from mtl_dist.studies.plan import tokens_of_draws
 from mtl_dist.studies.published import PUBLISHED, Published, published_beside
 from mtl_dist.studies.table import Outcome, Row, outcome_of, system_of
 from mtl_dist.training.setup import load_data
@@ -80,10 +82,10 @@ class Planned:
         return f"{self.key} seed-{self.seed}"
 
 
-def run_study(wanted: Wanted, slurm: bool) -> None:
+def run_study(wanted: Wanted, slurm: bool, lock: RunLock) -> None:
     """Runs what is not done yet, here or as an array of SLURM, and gathers all that is."""
     console = make_console(True)
-    study = Gathering(wanted, console)
+    study = Gathering(wanted, console, lock)
     if not console.is_terminal:  # where they stand under the runs
         for line in study.faults():
             study.tell(line)  # now, and not only when all others have ended
@@ -165,7 +167,7 @@ def _times(length: float, scale: float) -> str:
 class Gathering:
     """All runs of a study: what they are, which are done, and what came of them."""
 
-    def __init__(self, wanted: Wanted, console: Console) -> None:
+    def __init__(self, wanted: Wanted, console: Console, lock: RunLock) -> None:
         self.wanted = wanted
         self.console = console
         self.published: Published = published_beside(wanted.configs)
@@ -173,11 +175,11 @@ class Gathering:
         self.done: dict[Path, Outcome] = {}
         self.runs: list[Planned] = []
         self.drawn = -math.inf  # when the picture last was
-        chosen = [path for path in wanted.configs if _is_chosen(path.stem, wanted.only)]
-        if not chosen:
-            known = ", ".join(path.stem for path in wanted.configs)
-            raise UserError(f"--only {' '.join(wanted.only)} fits no config; there are {known}")
-        self.chosen = {path.stem for path in chosen}
+        keys = [path.stem for path in wanted.configs]
+        for pattern in wanted.only:
+            if not fnmatch.filter(keys, pattern):
+                raise UserError(f"--only {pattern} fits no config; there are {', '.join(keys)}")
+        self.chosen = {key for key in keys if _is_chosen(key, wanted.only)}
         for path in wanted.configs:
             with self._noting(path.stem):
                 self.runs += self._of_config(path)
@@ -186,8 +188,7 @@ class Gathering:
         self.budget = self._budget()
         if not (self.done or self.budget):
             raise UserError("\n".join(self.faults()))
-        with refusing(f"cannot write {wanted.out}"):
-            wanted.out.mkdir(parents=True, exist_ok=True)
+        lock.take(wanted.out, 0, self.tell, "--out")  # or two studies would start the same runs
 
     def _of_config(self, path: Path) -> Iterator[Planned]:
         """The runs of a config: the seeds that are asked for, and those that are there already."""
@@ -201,7 +202,7 @@ class Gathering:
         overrides = [*wanted.overrides, *scaled(as_written, wanted.scale, wanted.lr_scale)]
         asked = {as_written.seed + n for n in range(wanted.seeds)} if key in self.chosen else set()
         for seed in sorted(asked | there):
-            own = (*overrides, f"seed={seed}", f"output_dir={folder / f'seed-{seed}'}")
+            own = (*overrides, f"seed={seed}", f"output_dir={flow(str(folder / f'seed-{seed}'))}")
             job = Job(f"{key} seed-{seed}", path, own, folder / f"seed-{seed}.log")
             yield Planned(key, seed, load(Experiment, path, own), job, seed in asked)
 
@@ -211,7 +212,10 @@ class Gathering:
             return True
         if not (run.folder / CONFIG_FILE).is_file():
             return False
-        story = story_of(run.folder)
+        try:
+            story = story_of(run.folder)
+        except UserError:  # its config is damaged: the run itself will say so, or write it anew
+            return False
         self._refuse_changes(run, story)
         if story.ended:
             self.done[run.folder] = outcome_of(story)
@@ -269,7 +273,7 @@ class Gathering:
         """Notes what came of a run that has just ended; whether it is done."""
         with self._noting(run.name):
             if code or not self._look_at(run):
-                raise UserError(f"{last_line(run.job.log) or f'exit code {code}'} ({run.job.log})")
+                raise UserError(f"{why_it_ended(code, run.job.log)} ({run.job.log})")
         now = time.monotonic()
         if due := now - self.drawn > DRAW_EVERY_S:
             self.drawn = now
@@ -318,12 +322,11 @@ def tokens_of(config: Experiment, console: Console) -> float:
     """About how many tokens a run is trained on; its data are prepared for that, once for all runs."""
     train = load_data(config, load_tokenizer(config.encoder.tokenizer_source), console)["train"]
     rows = {name: len(split) for name, split in train.items()}
-    tokens = 0.0
-    for stage in config.all_stages():
-        order = stage.order(rows, config.seed)
-        for name, draws in order.expected().items():
-            tokens += draws * order.sizes[name].batch_size * train[name].num_tokens / rows[name]
-    return tokens
+    return sum(
+        tokens_of_draws(stage, name, draws, train[name])
+        for stage in config.all_stages()
+        for name, draws in stage.order(rows, config.seed).expected().items()
+    )
 
 
 def _run_here(study: Gathering, console: Console) -> None:
@@ -368,9 +371,7 @@ class Watch:
             return
         whole = text[: text.rfind(b"\n") + 1]
         self.place += len(whole)
-        for line in whole.splitlines():
-            record = json.loads(line)
-            self.last[record["kind"]] = record
+        self.last |= {record["kind"]: record for record in parsed(whole)}
         if self.tokens_before is None and self.last:
             self.tokens_before = self.tokens
 
@@ -405,7 +406,7 @@ class Screen:
             train, start = watch.last.get("train", {}), watch.last.get("start", {})
             steps = f"{train.get('step', 0):,}/{start['steps']:,}" if start else "starting"
             speed = f"{train['tokens_per_second']:,.0f}" if train else ""
-            table.add_row(watch.run.name, steps, speed, self._dev(watch))
+            table.add_row(Text(watch.run.name), steps, speed, self._dev(watch))
         failed = [Text(f"{name}: {why}", "red", overflow="fold") for name, why in self.study.undone.items()]
         parts: list[RenderableType] = [table, ""] if self.watches else []
         return Group(*parts, *failed, self.bar)
@@ -505,11 +506,14 @@ def study(
             raise UserError(f"--{name} is {value:g}; give a number above 0")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
-    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    # os.path: a long list of stages is no name that a file could have.
+    overrides = [word for word in words if "=" in word and not os.path.exists(word)]  # noqa: PTH110
     for override in overrides:
         if override.partition("=")[0] in ("output_dir", "seed"):
             raise UserError(f"override '{override}': a study sets this for every run; see --out and --seeds")
     paths = [Path(word) for word in words if word not in overrides]
     if not paths:
         raise UserError("which configs? give files, or folders of them")
-    run_study(Wanted(configs_of(paths), overrides, out, seeds, scale, lr_scale, only, jobs, command), slurm)
+    wanted = Wanted(configs_of(paths), overrides, out, seeds, scale, lr_scale, only, jobs, command)
+    with RunLock() as lock:
+        run_study(wanted, slurm, lock)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from mtl_dist.checkpoint import CHECKPOINTS, STATE, all_in
 from mtl_dist.experiment import Experiment
@@ -51,7 +52,7 @@ class Outcome:
 def outcome_of(story: Story) -> Outcome:
     """What a run that has ended came to."""
     config, best = story.config, story.best
-    dev = {record["stage"]: record for record in story.of_kind("dev")}
+    dev = {record["stage"]: record for record in story.dev}
     after_stage = {stage: _main(config, record) for stage, record in dev.items()}
     own: dict[str, float | None] = {}
     for stage in config.all_stages():
@@ -82,7 +83,8 @@ def outcome_of(story: Story) -> Outcome:
 
 
 def _main(config: Experiment, scores: Mapping[str, Any]) -> dict[str, float | None]:
-    return {task: values[config.tasks[task].metric] for task, values in scores.get("tasks", {}).items()}
+    found = scores.get("tasks", {}).items()
+    return {task: values[config.tasks[task].metric] for task, values in found if task in config.tasks}
 
 
 def _made_with(about: Mapping[str, Any]) -> str:
@@ -111,8 +113,17 @@ class Row:
 
     @property
     def tasks(self) -> list[str]:
-        """What it trains and is scored on."""
-        return list(self.config.tasks)
+        """What it is scored on."""
+        return [name for name, task in self.config.tasks.items() if task.dev is not None]
+
+    def is_comparable(self, other: "Row", name: str) -> bool:
+        """Whether a score means the same for both: the same metric of as many rows; in the mean, of the same tasks."""
+        if name in OVERALL:
+            return sorted(self.tasks) == sorted(other.tasks) and all(
+                self.is_comparable(other, task) for task in self.tasks
+            )
+        metrics = {row.config.tasks[name].metric if name in row.tasks else None for row in (self, other)}
+        return len(metrics) == 1 and self.dev_rows.get(name) == other.dev_rows.get(name)
 
     def by_seed(self, name: str) -> dict[int, float]:
         """A task's main metric, or an overall score, of each run; a correlation that is undefined counts as 0."""
@@ -164,8 +175,12 @@ class Section:
 
     @cached_property
     def score(self) -> str:
-        """What the systems are compared by: a task, or one of the overall scores."""
-        return self.report.score if self.report else self.rows[0].config.evaluate.best_by
+        """What the systems are compared by: a task, or one of the overall scores, which are means of several."""
+        if self.report:
+            return self.report.score
+        row = self.rows[0]
+        best_by = row.config.evaluate.best_by
+        return row.tasks[0] if best_by in OVERALL and len(row.tasks) == 1 else best_by
 
     @cached_property
     def reference(self) -> Row | None:
@@ -183,7 +198,7 @@ class Section:
         reference = self.reference
         if reference is None or row is reference:
             return None
-        if self.score in OVERALL and sorted(row.tasks) != sorted(reference.tasks):
+        if not row.is_comparable(reference, self.score):
             return None
         ours, theirs = row.by_seed(self.score), reference.by_seed(self.score)
         both = sorted(ours.keys() & theirs.keys())
@@ -194,17 +209,18 @@ class Section:
         """Of each task the system that trains it alone; of several the best."""
         found: dict[str, tuple[float, Row]] = {}
         for row in self.rows:
-            task, alone = row.tasks[0], row.spread(row.tasks[0])
-            if len(row.tasks) == 1 and alone is not None and (task not in found or alone.mean > found[task][0]):
+            task = next(iter(row.config.tasks))
+            alone = row.spread(task)
+            if len(row.config.tasks) == 1 and alone is not None and (task not in found or alone.mean > found[task][0]):
                 found[task] = (alone.mean, row)
         return {task: row for task, (_, row) in found.items()}
 
     def gain(self, row: Row) -> Gain | None:
         """Delta m of a system with several tasks, over those that have a baseline scored on as many rows."""
         gains = {}
-        for task in row.tasks if len(row.tasks) > 1 else []:
+        for task in row.tasks if len(row.config.tasks) > 1 else []:
             baseline, ours = self.baselines.get(task), row.spread(task)
-            if baseline is None or ours is None or row.dev_rows.get(task) != baseline.dev_rows.get(task):
+            if baseline is None or ours is None or not row.is_comparable(baseline, task):
                 continue
             alone = baseline.spread(task)
             if alone is not None and alone.mean > 0:  # there is no share of nothing
@@ -220,7 +236,8 @@ class Section:
         """Of each task the standard error of one score, from the size of its dev set, and that size."""
         found = {}
         for task in self.tasks:
-            rows = [row for row in self.rows if task in row.dev_rows]
+            scored = [row for row in self.rows if task in row.dev_rows]
+            rows = [row for row in scored if row.is_comparable(scored[0], task)]
             if rows:
                 metric, size = rows[0].config.tasks[task].metric, rows[0].dev_rows[task]
                 mean = spread([score for row in rows for score in row.by_seed(task).values()])
@@ -246,7 +263,7 @@ class Cells:
             column.overflow = "fold"  # half a number is another one
         table.columns[0].no_wrap = True
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # as they are: brackets are no markup
         return table
 
     def as_markdown(self) -> str:
@@ -321,8 +338,8 @@ def _p(section: Section, row: Row) -> str:
 
 
 def _gain(section: Section, row: Row) -> str:
-    if len(row.tasks) == 1:
-        return "baseline" if section.baselines.get(row.tasks[0]) is row else "one task"
+    if len(row.config.tasks) == 1:
+        return "baseline" if row in section.baselines.values() else "one task"
     found = section.gain(row)
     if found is None:
         return NOTHING_YET
@@ -391,8 +408,8 @@ def stages_of(section: Section, row: Row) -> Cells | None:
             if published:
                 number = published.get(stage, {}).get(task)
                 line.append("" if number is None else f"{number:.3f}")
-            values = [each.after_stage.get(stage, {}).get(task) or 0.0 for each in row.outcomes]
-            line.append(shown_spread(spread(values)))
+            scored = [each.after_stage[stage] for each in row.outcomes if task in each.after_stage.get(stage, {})]
+            line.append(shown_spread(spread([scores[task] or 0.0 for scores in scored])))
         lines.append(line)
     return Cells(header, lines, 1, [])
 
@@ -430,6 +447,10 @@ def _inside(mappings: Sequence[Mapping[Any, Any]], prefix: str) -> dict[str, lis
     return found
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:28]} ... {text[-27:]}"
+
+
 def changes_of(rows: Sequence[Row]) -> Cells | None:
     """In which keys the configs of rows differ, and which rows have which value."""
     found = differing([system_of(row.config) for row in rows])
@@ -440,8 +461,8 @@ def changes_of(rows: Sequence[Row]) -> Cells | None:
         by_value: dict[str, list[str]] = {}
         for row, value in zip(rows, values, strict=True):
             text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
-            by_value.setdefault(text if len(text) <= 60 else f"{text[:57]}...", []).append(row.key)
+            by_value.setdefault(text, []).append(row.key)
         for value, keys in by_value.items():
-            lines.append([key, value or NOTHING_YET, ", ".join(keys)])
+            lines.append([key, _cut(value) or NOTHING_YET, ", ".join(keys)])
             key = ""  # said once
     return Cells(["key in which they differ", "value", "systems"], lines, 3, [])

@@ -267,14 +267,19 @@ class Surgery:
         self.reached.setdefault(self.current, set()).update(self.rows.reached)
 
     @contextmanager
-    def micro_batch(self, last: bool, rows: float = 1.0) -> Iterator[Callable[[Tensor], None]]:
+    def micro_batch(
+        self, last: bool, rows: float = 1.0, independent: bool = True
+    ) -> Iterator[Callable[[Tensor], None]]:
         """Around forward and backward of a micro-batch; gives what to call with its loss.
 
-        `last` is its task's last one; `rows` of its task's batch are in it, as compared with its others.
+        `last` is its task's last one; `rows` of its task's batch are in it, as compared with its others. Where these
+        have a part in its gradient it is not `independent`, and tells nothing of the noise in theirs.
         """
         with self.rows.micro_batch(last and (self.ends_step if self.by_engine else self.rows.averaged_by_engine)):
             yield lambda loss: self._add(self.current, loss)
         self._count_part(self.current, rows, last)
+        if not independent:
+            self.dependent.add(self.current)
 
     def _count_part(self, task: str, rows: float, last: bool) -> None:
         counted = self.parts.setdefault(task, [])
@@ -337,6 +342,7 @@ class Surgery:
         self.lost: dict[str, Tensor] = {}  # whether some loss of a task was no number
         self.losses: dict[str, list[Tensor]] = {}
         self.parts: dict[str, list[float]] = {}  # the rows of each task's micro-batches on this rank
+        self.dependent: set[str] = set()  # tasks whose parts are not independent of each other
         self.rows.start()
         self.rows.keeps_squares = self.apart
 
@@ -422,7 +428,8 @@ class Surgery:
             parts_K4 = torch.stack(
                 [whole_K, squares_K / self.loss_scale**2, sizes_K / whole_K, sizes2_K / whole_K**2], dim=1
             )
-            self.of_parts = {tasks[k]: Parts(*parts_K4[k].tolist()) for k in rows.squares}
+            known_apart = [k for k in rows.squares if tasks[k] not in self.dependent]
+            self.of_parts = {tasks[k]: Parts(*parts_K4[k].tolist()) for k in known_apart}
         parameters = list(self.places)
         reached: dict[str, Set[nn.Parameter]] = {
             task: {parameters[place] for place in places.nonzero()[:, 0].tolist()}

@@ -11,10 +11,11 @@ import math
 import os
 import signal
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -234,18 +235,18 @@ class Alarms:
         self.screen = screen
         self.recorder = recorder
         self.in_a_row = 0
-        self.of_late = {task: deque[float](maxlen=OF_LATE) for task in splits}
+        # By task, and by what a stage has it learn: the losses of hidden words are of another size.
+        self.of_late = defaultdict[str, deque[float]](partial(deque, maxlen=OF_LATE))
 
     def state(self) -> dict[str, Any]:
         """What was seen so far, the same on all ranks."""
-        return {"in_a_row": self.in_a_row, "of_late": {task: list(losses) for task, losses in self.of_late.items()}}
+        return {"in_a_row": self.in_a_row, "of_late": {name: list(losses) for name, losses in self.of_late.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
         self.in_a_row = state["in_a_row"]
-        for task, losses in state["of_late"].items():
-            if task in self.of_late:
-                self.of_late[task].extend(losses)
+        for name, losses in state["of_late"].items():
+            self.of_late[name].extend(losses)
 
     def after(self, step: Step, outcome: Outcome) -> None:
         """Looks at a step; every rank finds the same."""
@@ -257,9 +258,14 @@ class Alarms:
         else:
             self.in_a_row = 0
         finite = {task: loss for task, loss in outcome.losses.items() if math.isfinite(loss)}
-        self._spikes(step, {task: loss for task, loss in finite.items() if self._jumps(task, loss)})
+        of_late = {task: self.of_late[self._learnt(step, task)] for task in finite}
+        highest = {task: max(of_late[task]) for task, loss in finite.items() if self._jumps(of_late[task], loss)}
+        self._spikes(step, finite, highest)
         for task, loss in finite.items():
-            self.of_late[task].append(loss)
+            of_late[task].append(loss)
+
+    def _learnt(self, step: Step, task: str) -> str:
+        return f"{task}, hidden words" if step.trainer.stage.finds_words else task
 
     def _no_number(self, step: Step, tasks: list[str]) -> None:
         self.in_a_row += 1
@@ -281,26 +287,31 @@ class Alarms:
             raise UserError(f"{what}{often}; lower optim.lr, set gradients.clip_norm, or look at these rows")
         self.screen.line(f"{what}; {'left out: ' + ', '.join(dropped) if dropped else 'the step is left out'}")
 
-    def _jumps(self, task: str, loss: float) -> bool:
+    def _jumps(self, of_late: Collection[float], loss: float) -> bool:
         """Whether a loss is more than twice the highest one of late; standard deviations would mind long tails."""
-        of_late = self.of_late[task]
         return len(of_late) >= OF_LATE // 2 and loss > 2 * max(of_late) > 0
 
-    def _spikes(self, step: Step, spikes: Mapping[str, float]) -> None:
-        if not spikes:
+    def _spikes(self, step: Step, losses: Mapping[str, float], highest_before: Mapping[str, float]) -> None:
+        """Tells of the tasks whose loss jumped from the highest before."""
+        if not highest_before:
             return
         places = {}
-        for task, found in losses_of_rows(step, spikes).items():
+        for task, found in losses_of_rows(step, highest_before).items():
             highest = sorted(found, reverse=True)[:3]
             places[task] = self._places(task, [row for _, row in highest])
             at = ", ".join(f"{place} ({loss:.3g})" for (loss, _), place in zip(highest, places[task], strict=True))
             self.screen.line(
-                f"step {step.done}: the loss of task '{task}' is {spikes[task]:.3g}, at most "
-                f"{max(self.of_late[task]):.3g} of late; highest at {at}"
+                f"step {step.done}: the loss of task '{task}' is {losses[task]:.3g}, at most "
+                f"{highest_before[task]:.3g} of late; highest at {at}"
             )
         if self.recorder:
-            before = {task: max(self.of_late[task]) for task in spikes}
-            record = {"stage": step.trainer.stage.name, "loss": spikes, "highest_before": before, "rows": places}
+            spikes = {task: losses[task] for task in highest_before}
+            record = {
+                "stage": step.trainer.stage.name,
+                "loss": spikes,
+                "highest_before": highest_before,
+                "rows": places,
+            }
             self.recorder.record(step.done, "spike", record)
 
     def _places(self, task: str, rows: Iterable[int]) -> list[str]:
@@ -403,8 +414,8 @@ class Books:
         self.recorder: Recorder | None = None
         if accelerator.is_main_process:
             self.recorder = Recorder(config.output_dir, config.log.tensorboard, run.done)
+            self.recorder.start(run.done, run.total_steps)
             if run.resumed is None:
-                self.recorder.note(0, "start", {"steps": run.total_steps})
                 self.recorder.text("config", dump(config))
         self.watchdog = Watchdog(config.distributed.timeout_s, accelerator.num_processes)
         self.meter = Meter(accelerator, {name: task.batch_size for name, task in config.tasks.items()})

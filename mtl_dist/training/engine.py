@@ -122,7 +122,7 @@ class Engine(ABC, Generic[M]):
                 yield name, {key: _whole(value) for key, value in state.items()}
 
     def restore(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Makes the optimizer go on with what `moments` once gave."""
+        """Makes the optimizer go on with what `moments` once gave; with no average that nobody moves any more."""
         names = {parameter: name for name, parameter in self.module.named_parameters()}
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -130,7 +130,11 @@ class Engine(ABC, Generic[M]):
                     self.optimizer.state[parameter] = {
                         key: _count(group, parameter, value) if key == "step" else _like(parameter, value)
                         for key, value in state.items()
+                        if self._goes_on_with(key)
                     }
+
+    def _goes_on_with(self, moment: str) -> bool:
+        return moment != AVERAGE or self.average is not None
 
     def scaling(self) -> dict[str, Any]:
         """How fp16 losses are scaled."""
@@ -283,6 +287,8 @@ class Zero(Split[M]):
             if name in moments and (place := self.places.get(parameter)):
                 kept = optimizer.state.setdefault(place.flat, {})
                 for key, value in moments[name].items():
+                    if not self._goes_on_with(key):
+                        continue
                     if key == "step":
                         kept[key] = _count(group, place.flat, value)
                     else:

@@ -148,7 +148,8 @@ def train_step(run: Run, trainer: Trainer, step: int, draws: list[Draw], batches
             with surgery.task(name, last=True), part(f"forward and backward, {name}"):
                 for batch in batches_of_task:
                     last, rows = batch is batches_of_task[-1], 0 if batch.filler else len(batch.rows)
-                    with enough_for(batch, run.done + 1), surgery.micro_batch(last, rows) as backward:
+                    own = task.ranking is None or stage.finds_words  # else other ranks' rows are in its gradient
+                    with enough_for(batch, run.done + 1), surgery.micro_batch(last, rows, own) as backward:
                         loss_N = stage.objective.losses(task, trainer.engine.forward, batch)
                         backward(loss_N.sum() * scale)
                     of_rows.append((batch, loss_N.detach()))

@@ -152,7 +152,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, allow_changes: bool) 
     """Fills the model; heads of tasks that came new keep what they begin with."""
     weights = checkpoint.tensors("weights")
     for name, parameter in model.named_parameters():
-        if name not in weights and allow_changes and name.startswith("heads."):
+        if name not in weights and allow_changes and name.startswith(("heads.", "words.")):
             continue
         if name not in weights or weights[name].shape != parameter.shape:
             found = list(weights[name].shape) if name in weights else "not there"

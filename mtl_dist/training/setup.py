@@ -1,5 +1,6 @@
 """From a config to a run that can start: data, orders, model, run folder, and the checkpoint that it goes on from."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -30,7 +31,7 @@ from mtl_dist.optim import build_optimizer
 from mtl_dist.surgery.combiners import Sum
 from mtl_dist.surgery.surgery import Surgery, by_layer, groups_of
 from mtl_dist.tasks import HiddenWordsLoss
-from mtl_dist.training.engine import Engine, start_engine
+from mtl_dist.training.engine import AVERAGE, Engine, start_engine
 from mtl_dist.training.folder import Splits, start_run_folder
 from mtl_dist.training.resume import (
     OF_A_NODE,
@@ -201,6 +202,12 @@ def stage_optimizer(model: MultiTaskModel, stage: Stage, device_type: str) -> Op
     """The optimizer of a stage; refuses a task that would change no parameter."""
     others = "heads." if stage.finds_words else "words."
     idle = [name for name, _ in model.named_parameters() if name.startswith(others)]
+    named = {name for name, _ in model.named_parameters() for pattern in stage.trains if re.search(pattern, name)}
+    if named and named <= set(idle):
+        raise UserError(
+            f"{stage.label}trains names nothing that {stage.objective.kind} goes through: "
+            f"{', '.join(stage.trains)}; its head is {'^words' if stage.finds_words else '^heads'}"
+        )
     try:
         optimizer = build_optimizer(model.named_parameters(), stage.optim, device_type, stage.trains, idle)
     except UserError as error:
@@ -244,7 +251,13 @@ def start_stage(run: Run, stage: Stage) -> Trainer:
         rows=rows,
     )
     if stage.carry_moments:
-        engine.restore({name: run.carried[p] for name, p in run.model.named_parameters() if p in run.carried})
+        engine.restore(
+            {
+                name: {key: value for key, value in run.carried[p].items() if key != AVERAGE}  # every stage has its own
+                for name, p in run.model.named_parameters()
+                if p in run.carried
+            }
+        )
     settings = stage.gradients.of_surgery()
     if not shared:
         settings |= {"combiner": Sum() if stage.gradients.operates else stage.gradients.combiner, "measure": False}

@@ -54,7 +54,7 @@ class Recorder:
 
     def __init__(self, folder: Path, tensorboard: bool, after: int = 0) -> None:
         """`after` is the step that the run goes on from; what was told of later ones is forgotten."""
-        _keep_until(after, folder / METRICS)
+        self.steps = _keep_until(after, folder / METRICS)  # that the run was to have when it was told last
         self.file = (folder / METRICS).open("a", encoding="utf-8")
         self.writer = None
         if tensorboard:
@@ -62,6 +62,11 @@ class Recorder:
 
             with self._going_on():
                 self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=after + 1 if after else None)
+
+    def start(self, step: int, steps: int) -> None:
+        """Tells how many steps there will be, from the first one or from where that is told anew."""
+        if steps != self.steps:
+            self.note(step, "start", {"steps": steps})
 
     def note(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """One line of JSON."""
@@ -119,16 +124,20 @@ class Recorder:
             log.warning("TensorBoard's files cannot be written (%s); training goes on without them", error)
 
 
-def _keep_until(step: int, metrics: Path) -> None:
-    """Drops the records of later steps, what says that the run ended, and a last line that was cut off."""
+def _keep_until(step: int, metrics: Path) -> int | None:
+    """Drops the records of later steps, what says that the run ended, and a last line that was cut off.
+
+    Returns how many steps there were to be, as the last one says that tells it.
+    """
     if not metrics.exists():
-        return
+        return None
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     draft = metrics.with_name(DRAFT)
     draft.unlink(missing_ok=True)
     draft.write_text("".join(kept), encoding="utf-8")
     draft.replace(metrics)
+    return next((json.loads(line)["steps"] for line in reversed(kept) if '"kind": "start"' in line), None)
 
 
 def _step_of(line: str) -> float:

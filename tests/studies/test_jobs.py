@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mtl_dist.runs.story import story_of
-from mtl_dist.studies.jobs import Job, Jobs, last_line
+from mtl_dist.studies.jobs import Job, Jobs, last_line, why_it_ended
 from tests.limits import limit
 
 LONG = ("steps=100000", "evaluate.every_steps=100000", "checkpoint.every_steps=100000")
@@ -89,3 +89,12 @@ with Jobs(1) as jobs:
         os.kill(process.pid, signal.SIGKILL)
     until(lambda: not Path(f"/proc/{child}").exists())
     assert "SIGTERM: saved after step" in last_line(log)
+
+
+def test_why_a_run_ended(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert why_it_ended(1, log) == "exit code 1"
+    log.write_text("x.yaml: wrong\n2026-01-02T03:04:05 job 7_1: ended with exit code 2\n\n")
+    assert why_it_ended(2, log) == "x.yaml: wrong"
+    assert why_it_ended(-9, log) == "killed by SIGKILL: out of memory?"
+    assert why_it_ended(-15, log) == "killed by SIGTERM"

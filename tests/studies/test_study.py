@@ -15,12 +15,17 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from mtl_dist.checkpoint import RunLock
 from mtl_dist.cli import main
 from mtl_dist.config import UserError, load
+from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 from mtl_dist.runs.story import story_of
-from mtl_dist.studies.study import configs_of, scaled
+from mtl_dist.studies.plan import plan
+from mtl_dist.studies.study import Gathering, Wanted, configs_of, scaled, tokens_of
+from mtl_dist.training.setup import load_data
 from tests.limits import limit
 
 QUICK = ("steps=2", "log.tensorboard=false")
@@ -226,6 +231,30 @@ def test_learning_rates_are_scaled_alike(tiny: Path) -> None:
     assert (first.optim.lr, second.optim.lr) == (5e-3, 1e-4)
 
 
+def test_a_folder_with_any_name_is_one_folder(configs: Path) -> None:
+    out = configs.parent / "a #1: [x]"
+    paths = configs_of([configs / "joint.yaml"])
+    with RunLock() as lock:
+        runs = Gathering(Wanted(paths, [*QUICK], out, seeds=2), Console(quiet=True), lock).runs
+    assert [run.folder for run in runs] == [out / "runs/joint/seed-0", out / "runs/joint/seed-1"]
+
+
+def test_two_studies_do_not_share_a_folder(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLock() as lock:
+        lock.take(configs.parent / "out", 0, print)
+        assert study(configs) == 2
+    assert capsys.readouterr().err.startswith(f"--out: process {os.getpid()} on ")
+
+
+def test_the_tokens_to_come_are_those_of_plan(tiny: Path) -> None:
+    words = "stages=[{objective: mlm, steps: 2}, {steps: 3}]"
+    config = load(Experiment, tiny, ["steps=null", words, "tasks.mood.r_drop=1"])
+    tokenizer = load_tokenizer(config.encoder.tokenizer_source)
+    console = Console(quiet=True)
+    planned = plan(config, tokenizer, load_data(config, tokenizer, console), 1, "ddp", "fp32")
+    assert tokens_of(config, console) == pytest.approx(planned.tokens)
+
+
 def test_mistakes_are_one_line(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (configs / "file").write_text("")
     for words, expected in (
@@ -234,6 +263,8 @@ def test_mistakes_are_one_line(configs: Path, capsys: pytest.CaptureFixture[str]
         (["--scale", "nan"], "--scale is nan; give a number above 0"),
         (["--lr-scale", "0"], "--lr-scale is 0; give a number above 0"),
         (["--only", "x*"], "--only x* fits no config; there are alone, crashes, joint, wrong"),
+        (["--only", "joint", "--only", "y"], "--only y fits no config; there are alone, crashes, joint, wrong"),
+        (["stages=[" + ", ".join(["{steps: 1}"] * 40) + "]", "sede=1", "--only", "joint"], "joint: override 'sede=1'"),
         (["seed=3"], "override 'seed=3': a study sets this for every run; see --out and --seeds"),
         (["--out", str(configs / "file")], f"--out {configs}/file is a file; give a folder"),
         (["sede=3", "--only", "joint"], "joint: override 'sede=3': the top level has no field 'sede'"),

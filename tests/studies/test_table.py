@@ -3,6 +3,7 @@
 python -m pytest tests/studies/test_table.py
 """
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from mtl_dist.config import UserError, load
 from mtl_dist.experiment import Experiment
 from mtl_dist.studies.document import Study, differences, sections_of, write
 from mtl_dist.studies.published import Published, published_beside
-from mtl_dist.studies.table import Outcome, Row, Section, cells_of, changes_of, differing, stages_of
+from mtl_dist.studies.table import Cells, Outcome, Row, Section, cells_of, changes_of, differing, stages_of
 
 ALONE = ("tasks.same=null", "tasks.near=null", "evaluate.best_by=mood")
 PUBLISHED = """
@@ -247,3 +249,40 @@ def test_a_mistake_in_published_numbers_is_one_line(tiny: Path) -> None:
             published_beside([tiny])
         assert line in str(error.value)
         assert str(error.value).startswith(f"{file}:") and "\n" not in str(error.value)
+
+
+def test_scores_of_another_metric_or_other_dev_rows_are_not_compared(tiny: Path) -> None:
+    base = row(tiny, "base", joint(0, 0.4), joint(1, 0.5))
+    metric = row(tiny, "metric", joint(0, 0.4), joint(1, 0.5), overrides=("tasks.near.metric=spearman",))
+    undone = row(tiny, "no dev", joint(0, 0.4), joint(1, 0.5), overrides=("tasks.near.dev=null",))
+    fewer = [replace(joint(seed, 0.4), dev_rows={"mood": 9, "same": 100, "near": 100}) for seed in (0, 1)]
+    rows = row(tiny, "rows", *fewer)
+    section = Section([base, metric, undone, rows])
+    assert [section.difference(other) for other in (metric, undone, rows)] == [None, None, None]
+    assert section.standard_errors()["mood"][1] == 100
+
+
+def test_systems_of_one_task_are_compared_by_it(tiny: Path) -> None:
+    own = ("tasks.same=null", "tasks.near=null")  # evaluate.best_by is overall_a, the mean of one
+    one, other = (row(tiny, key, outcome(0, mood=score), overrides=own) for key, score in (("a", 0.4), ("b", 0.6)))
+    section = Section([one, other])
+    found = section.difference(other)
+    assert section.score == "mood" and found is not None and found.mean == pytest.approx(0.2)
+
+
+def test_a_task_that_was_never_scored_has_no_zero_after_a_stage(tiny: Path) -> None:
+    scored: dict[str, dict[str, float | None]] = {"1": {"mood": 0.5, "near": None}, "2": {"mood": 0.4, "near": 0.3}}
+    found = replace(joint(0, 0.4), after_stage=scored)
+    stages = stages_of(Section([r := row(tiny, "x", found)]), r)
+    assert stages is not None
+    assert stages.rows == [["1", "0.500", "–", "0.000"], ["2", "0.400", "–", "0.300"]]
+
+
+def test_cells_are_shown_as_they_are_and_long_values_by_both_ends(tiny: Path) -> None:
+    rules = [f"[{{match: '^{n}', lr_scale: 2, weight_decay: 0, freeze: false}}, {{match: '[a-z]+'}}]" for n in "eh"]
+    rows = [row(tiny, key, joint(0, 0.4), overrides=(f"optim.rules={rules[key > 'a']}",)) for key in "ab"]
+    changes = changes_of(rows)
+    assert changes is not None and len(changes.rows) == 2  # which begin alike, and are not the same
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(Cells(["key", "value"], [["rule", "[a-z]+"], ["[/]", "[red]"]], 2, []).as_table())
+    assert "[a-z]+" in console.export_text(clear=False) and "[red]" in console.export_text()

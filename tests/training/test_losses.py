@@ -3,14 +3,17 @@
 python -m pytest tests/training/test_losses.py
 """
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mtl_dist.config import UserError, load
-from mtl_dist.data.batches import make_batch
+from mtl_dist.data.batches import Batch, make_batch
 from mtl_dist.experiment import Experiment
 from tests.distributed import on_ranks
 from tests.trained import ENGINES, NO_DROPOUT, far_apart, run, run_under, written_out
@@ -116,3 +119,24 @@ def test_what_does_not_fit_is_refused(tiny: Path, overrides: list[str], line: st
     with pytest.raises(UserError) as refused:
         load(Experiment, tiny, overrides)
     assert line in str(refused.value)
+
+
+def noise_of(config: Path, *overrides: str) -> list[dict[str, Any]]:
+    run(config, *overrides)
+    lines = (config.parent / "run" / "metrics.jsonl").read_text().splitlines()
+    return [record.get("noise") or {} for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
+def test_a_ranked_task_tells_nothing_of_its_noise_on_several_ranks(tiny: Path) -> None:
+    measured = [*RANKING, "gradients.measure=true", "tasks.near.ranking=null"]
+    found = [noise["scale"] for noise in on_ranks(2, noise_of, tiny, *measured)[0] if noise]
+    assert found and all(set(scale) == {"mood", "near"} for scale in found)
+
+
+def test_the_row_that_is_no_number_is_named_and_not_those_it_was_compared_with(tiny: Path) -> None:
+    task = load(Experiment, tiny, RANKING).tasks["same"]
+    raw, vectors, gold = torch.zeros(6, 1), torch.randn(12, 4), torch.ones(6)
+    raw[4] = vectors[4] = vectors[10] = math.nan
+    batch = Batch("same", np.arange(6), None, gold, torch.ones(6), False, (6,))  # type: ignore[arg-type]
+    found = task.losses(lambda name, packed, with_vectors: (raw, vectors), batch)
+    assert found.isnan().nonzero()[:, 0].tolist() == [4]

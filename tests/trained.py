@@ -1,5 +1,6 @@
 """Trains as users do, and as it would be written out by hand: what several test files compare."""
 
+import json
 import os
 import re
 import signal
@@ -73,6 +74,16 @@ def run_under(engine: str, config: Path, *overrides: str, resume: str | None = N
     if not any(override.startswith("precision=") for override in overrides):
         overrides += ("precision=fp32",)
     return run(config, *overrides, resume=resume)
+
+
+def run_parted(engine: str, config: Path, *overrides: str) -> dict[str, Any]:
+    """The same, with every parameter parted under ZeRO-3: a tiny model's would all be kept whole."""
+    if engine == "zero3":
+        content = json.loads(Path(ENGINES[engine]["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
+        content["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+        (config.parent / "ds.json").write_text(json.dumps(content))
+        ENGINES[engine]["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(config.parent / "ds.json")
+    return run_under(engine, config, *overrides)
 
 
 def go_on_until(stop_after: int | None, engine: str, config: Path, *overrides: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 python -m pytest tests/studies/test_cost.py
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from mtl_dist.training.setup import Trainer
 from tests.distributed import on_ranks
 from tests.studies.test_plan import ENCODER, HEADS
 from tests.surgery.test_training import LAST, PCGRAD
-from tests.trained import ENGINES, run_under
+from tests.trained import run_parted
 
 WORK = Work(parameters=120, layers=60, trained=100, shared=80, row=80, tasks=3, micro_batches=6)
 
@@ -153,14 +152,6 @@ def costs(engine: str, config: Path, *overrides: str) -> tuple[float, dict[str, 
         combine(surgery)
         found.update(held(trainer))
 
-    settings = ENGINES[engine].get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if settings:
-        content = json.loads(Path(settings).read_text())
-        # A tiny model's parameters would all be kept whole.
-        keys = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance")
-        content["zero_optimization"] |= dict.fromkeys(keys, 0) if engine == "zero3" else {}
-        (config.parent / "ds.json").write_text(json.dumps(content))
-        ENGINES[engine]["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(config.parent / "ds.json")
     with (
         patch.object(loop, "train_step", counted),
         patch.object(Surgery, "_combine", combined),
@@ -168,7 +159,7 @@ def costs(engine: str, config: Path, *overrides: str) -> tuple[float, dict[str, 
         patch("mtl_dist.surgery.rows.CHUNK", 8),
         patch("mtl_dist.surgery.ddp.CHUNK", 8),
     ):
-        run_under(engine, config, *overrides)
+        run_parted(engine, config, *overrides)
     return sent.bytes / steps, found
 
 

@@ -20,7 +20,7 @@ from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 from mtl_dist.training.setup import build_model, hiding, load_data, train_batches
 from tests.distributed import on_ranks
-from tests.trained import NO_DROPOUT, far_apart, run, run_under
+from tests.trained import NO_DROPOUT, far_apart, run, run_parted
 
 STAGES = "stages=[{name: words, objective: mlm, steps: 4}, {name: all, steps: 3}]"
 WORDS = [*NO_DROPOUT, STAGES, "steps=null", "log.tensorboard=false"]
@@ -128,7 +128,7 @@ ALONE = [*NO_DROPOUT, "stages=[{objective: mlm, steps: 4}]", "steps=null", "log.
 @pytest.mark.parametrize("way", ["one process", "ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_the_stage_is_cross_entropy_of_hidden_words(tiny: Path, way: str) -> None:
     expected = first_stage_written_out(tiny, *ALONE)
-    ranks = [run(tiny, *ALONE)] if way == "one process" else on_ranks(2, run_under, way, tiny, *ALONE)
+    ranks = [run(tiny, *ALONE)] if way == "one process" else on_ranks(2, run_parted, way, tiny, *ALONE)
     for rank in ranks:
         assert far_apart(rank["parameters"], expected) < 1e-6
 

@@ -16,7 +16,7 @@ from mtl_dist.config import UserError, load
 from mtl_dist.data.batches import Batch, make_batch
 from mtl_dist.experiment import Experiment
 from tests.distributed import on_ranks
-from tests.trained import ENGINES, NO_DROPOUT, far_apart, run, run_under, written_out
+from tests.trained import ENGINES, NO_DROPOUT, far_apart, run, run_parted, written_out
 
 # Seven pairs of `near`, of which few are alike; on four ranks some have no row of a draw of three.
 RANKING = [
@@ -84,7 +84,7 @@ def test_ranking_compares_all_pairs_of_the_global_batch(tiny: Path, world: int) 
 def test_ranking_under_other_engines(tiny: Path, engine: str) -> None:
     expected = written_out(tiny, *RANKING)
     assert set(ENGINES) > {engine}
-    for rank in on_ranks(2, run_under, engine, tiny, *RANKING):
+    for rank in on_ranks(2, run_parted, engine, tiny, *RANKING):
         assert far_apart(rank["kept"], expected) < 1e-6
 
 

@@ -1,4 +1,4 @@
-"""Folders that appear as a whole or not at all, and files that are known by their hashes."""
+"""Files and folders that appear as a whole or not at all, and files that are known by their hashes."""
 
 import errno
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mtl_dist.config import UserError
+from mtl_dist.config import UserError, refusing
 
 SUMS = "sha256sums"  # of the other files in a folder; `sha256sum -c` reads it as well
 
@@ -88,6 +88,15 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def rewriting(path: Path) -> Iterator[Path]:
+    """A draft to write, with the suffix of the file whose place it then takes; a reader sees the one or the other."""
+    draft = path.with_name(f"draft-{path.name}")
+    with refusing(f"cannot write {path}"):
+        yield draft
+        draft.replace(path)
 
 
 def put_back(folder: Path) -> None:

@@ -184,6 +184,18 @@ class RunLock:
             self.file.close()
 
 
+def is_in_use(folder: Path) -> bool:
+    """Whether a job has a run folder."""
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no job has been there, or the file system knows no locks
+        return False
+    return False
+
+
 class Writer:
     """Writes snapshots, in the background if it is told so: at most one at a time."""
 

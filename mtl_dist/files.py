@@ -1,4 +1,4 @@
-"""Folders that appear as a whole or not at all, and files that are known by their hashes."""
+"""Files and folders that appear as a whole or not at all, and files that are known by their hashes."""
 
 import errno
 import hashlib
@@ -97,6 +97,15 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def rewriting(path: Path) -> Iterator[Path]:
+    """A draft to write, with the suffix of the file whose place it then takes; a reader sees the one or the other."""
+    draft = path.with_name(f"draft-{path.name}")
+    with refusing(f"cannot write {path}"):
+        yield draft
+        draft.replace(path)
 
 
 def put_back(folder: Path) -> None:

@@ -12,8 +12,10 @@ import optuna
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from mtl_dist.config import UserError, block, load, overlay, refusing
+from mtl_dist.config import UserError, block, load, overlay
 from mtl_dist.experiment import Experiment
+from mtl_dist.files import rewriting
+from mtl_dist.studies.space import into
 from mtl_dist.watch.charts import COLOURS, INK, new_chart, save_chart
 
 ENOUGH = 10  # trials that came to their end, for an importance
@@ -36,27 +38,24 @@ def best_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
 
 def write_trials(trials: Sequence[FrozenTrial], keys: Sequence[str], path: Path) -> None:
     """Every trial that has ended, with its values, as CSV."""
-    draft = path.with_name(f"{path.name}.tmp")
-    with refusing(f"cannot write {path}"):
-        with draft.open("w", encoding="utf-8", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["trial", "state", "score", "evaluations", "seconds", *keys, "reason"])
-            for trial in trials:
-                if trial.state in STATES:
-                    score, seconds = score_of(trial), trial.duration.total_seconds() if trial.duration else None
-                    found = [STATES[trial.state], score, len(trial.intermediate_values), seconds]
-                    values = [trial.params.get(key) for key in keys]
-                    rows.writerow([trial.number, *found, *values, trial.user_attrs.get(REASON)])
-        draft.replace(path)
+    with rewriting(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["trial", "state", "score", "evaluations", "seconds", *keys, "reason"])
+        for trial in trials:
+            if trial.state in STATES:
+                score, seconds = score_of(trial), trial.duration.total_seconds() if trial.duration else None
+                found = [STATES[trial.state], score, len(trial.intermediate_values), seconds]
+                values = [trial.params.get(key) for key in keys]
+                rows.writerow([trial.number, *found, *values, trial.user_attrs.get(REASON)])
 
 
 def write_best(config: Path, overrides: Sequence[str], output_dir: Path, header: Sequence[str], path: Path) -> None:
     """The experiment of the best trial as a file that extends the config; where that cannot be, as a whole file."""
-    best = load(Experiment, config, [*overrides, f"output_dir={output_dir}"])
+    best = load(Experiment, config, [*overrides, into(output_dir)])
     fields = _written(best)
-    comment = "".join(f"# {line}\n" for line in header)
-    draft = path.with_name(f"{path.name}.tmp.yaml")
-    with refusing(f"cannot write {path}"):
+    # What is quoted in it may hold line breaks.
+    comment = "".join(f"# {line}\n" for text in header for line in text.splitlines())
+    with rewriting(path) as draft:
         try:
             below = _written(load(Experiment, config))
             extends = {"extends": os.path.relpath(config, path.parent)}
@@ -67,7 +66,6 @@ def write_best(config: Path, overrides: Sequence[str], output_dir: Path, header:
         if not extended:
             draft.write_text(comment + block(fields), encoding="utf-8")
             assert load(Experiment, draft) == best
-        draft.replace(path)
 
 
 def _written(config: Experiment) -> dict[str, Any]:

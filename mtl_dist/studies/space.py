@@ -18,11 +18,11 @@ from mtl_dist.experiment import Experiment
 if TYPE_CHECKING:
     import optuna
 
+FINEST = 2**53  # steps of a range: more of them no float tells apart
+
 # What only the sweep can say, or no trial could be compared with another.
-NOT_DRAWN = {
-    "output_dir": "every trial has a folder of its own below --out",
-    "evaluate.best_by": "it decides which trial is the best; set it for all of them, in the config",
-}
+NOT_DRAWN = {"output_dir": "every trial has a folder of its own below --out"}
+DECIDES = "it decides which trial is the best; set it for all of them, in the config"
 
 Value = float | str  # of a choice its YAML on one line, which also stands for lists and mappings
 
@@ -64,6 +64,8 @@ class Parameter(Config):
         if self.step is not None:
             # In decimal, as it is written: 0.3 is three times 0.1.
             low, high, step = (Decimal(str(number)) for number in (self.low, self.high, self.step))
+            if (high - low) / step > FINEST:
+                raise ValueError(f"step is {self.step}, too fine for {self.low} to {self.high}; leave it out")
             if (high - low) % step:
                 last = low + (high - low) // step * step
                 raise ValueError(f"high is {self.high}, which no step of {self.step} meets; the last one is at {last}")
@@ -99,8 +101,9 @@ class Parameter(Config):
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
             return False
         assert self.low is not None and self.high is not None
-        on_grid = self.step is None or not (Decimal(str(value)) - Decimal(str(self.low))) % Decimal(str(self.step))
-        return self.low <= value <= self.high and on_grid
+        if not self.low <= value <= self.high:
+            return False
+        return self.step is None or not (Decimal(str(value)) - Decimal(str(self.low))) % Decimal(str(self.step))
 
     def __str__(self) -> str:
         if self.choices is not None:
@@ -123,8 +126,6 @@ class Space(Config):
     @model_validator(mode="after")
     def _keys_are_apart(self) -> "Space":
         for key in self.parameters:
-            if key in NOT_DRAWN:
-                raise MisfitError((key,), f"{key} cannot be drawn: {NOT_DRAWN[key]}")
             inside = [other for other in self.parameters if other.startswith(f"{key}.")]
             if inside:
                 raise MisfitError(
@@ -144,7 +145,7 @@ def read_space(path: Path) -> Space:
 def own_values(space: Space, config: Path, overrides: Sequence[str]) -> dict[str, Value]:
     """The values that the experiment itself has of what is drawn, as far as they lie in the space.
 
-    Refuses a space of which a value, each taken alone, does not fit the experiment.
+    Refuses a space of which a value, each taken alone, does not fit the experiment, or would decide which is the best.
     """
     experiment = load(Experiment, config, overrides)
     fields = experiment.model_dump(mode="json", by_alias=True)
@@ -152,12 +153,17 @@ def own_values(space: Space, config: Path, overrides: Sequence[str]) -> dict[str
     problems = []
     for key, parameter in space.parameters.items():
         for text in parameter.ends:
-            override = f"{key}={text}"
+            override, place = f"{key}={text}", space.place_of(key).removesuffix(key)
             try:
                 drawn = load(Experiment, config, [*overrides, override])
             except UserError as error:
-                place = space.place_of(key).removesuffix(key)
                 problems.append(str(error).split("\n")[0].replace(f"override {override!r}: ", place))
+                break
+            if changed := next(
+                (part for part, fixed in _fixed(experiment) if (part, fixed) not in _fixed(drawn)), None
+            ):
+                what = changed if changed == key else f"{key} changes {changed}, which"
+                problems.append(f"{place}{what} cannot be drawn: {NOT_DRAWN.get(changed, DECIDES)}")
                 break
             if parameter.choices is not None and drawn == experiment:
                 own.setdefault(key, text)
@@ -167,6 +173,18 @@ def own_values(space: Space, config: Path, overrides: Sequence[str]) -> dict[str
     if problems:
         raise UserError("\n".join(problems))
     return own
+
+
+def _fixed(experiment: Experiment) -> list[tuple[str, Any]]:
+    """What must be the same in all trials, by its key."""
+    found: list[tuple[str, Any]] = [
+        ("output_dir", experiment.output_dir),
+        ("evaluate.best_by", experiment.evaluate.best_by),
+        ("tasks", experiment.tasks.keys()),
+    ]
+    for name, task in experiment.tasks.items():
+        found += [(f"tasks.{name}.metric", task.metric), (f"tasks.{name}.dev", experiment.source(name, "dev"))]
+    return found
 
 
 def _at(fields: Any, key: str) -> Any:
@@ -182,3 +200,8 @@ def _at(fields: Any, key: str) -> Any:
 def overrides_of(values: Mapping[str, Any]) -> list[str]:
     """What a trial's values are as overrides of the experiment."""
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+
+
+def into(folder: Path) -> str:
+    """A run's folder as an override, whatever its name holds."""
+    return f"output_dir={flow(str(folder))}"

@@ -14,13 +14,14 @@ over. All that decides who does what happens in a `_turn`, which one process has
 """
 
 import fcntl
+import json
 import os
 import shlex
 import shutil
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import optuna
 import optuna.storages.journal
+import sqlalchemy
 from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
@@ -36,11 +38,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from mtl_dist.checkpoint import CHECKPOINTS
+from mtl_dist.checkpoint import CHECKPOINTS, RunLock, is_in_use
 from mtl_dist.config import UserError, differences, load, refusing
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import BEST
-from mtl_dist.runs.story import records_of
 from mtl_dist.studies.findings import (
     OWN,
     REASON,
@@ -54,7 +55,7 @@ from mtl_dist.studies.findings import (
     write_trials,
 )
 from mtl_dist.studies.jobs import Job, Jobs, last_line
-from mtl_dist.studies.space import Space, overrides_of, own_values, read_space
+from mtl_dist.studies.space import Space, into, overrides_of, own_values, read_space
 from mtl_dist.training.folder import refuse_foreign
 from mtl_dist.training.resume import OF_A_START
 from mtl_dist.training.scores import deciding_score
@@ -70,6 +71,20 @@ FIRST = 5  # trials that come to their end before any is pruned
 PEERS = 3  # scores of the same evaluation that a median is taken of
 FAILURES = 3  # of the first trials, after which the config is at fault
 
+ABOUT, FRUITLESS = "about", "fruitless"  # what a study is of; how many trials failed before it began anew
+
+
+@dataclass
+class _Told:
+    """What metrics.jsonl has told of a run so far."""
+
+    inode: int = -1
+    size: int = 0  # of the lines that were read
+    steps: int | None = None
+    step: int = 0
+    scores: list[float] = field(default_factory=list)
+    ended: bool = False
+
 
 @dataclass
 class _Trial:
@@ -81,26 +96,32 @@ class _Trial:
     config: Experiment
     claim: IO[str]
     again: bool  # whether it was begun before, here or elsewhere
-    size: int = -1  # of metrics.jsonl when it was read last
-    steps: int | None = None
-    step: int = 0
-    scores: list[float] = field(default_factory=list)
-    ended: bool = False
+    told: _Told = field(default_factory=_Told)
     pruned: bool = False
 
     def read(self) -> bool:
-        """Reads how far the run is; whether there is anything new."""
-        file = self.folder / METRICS
-        size = file.stat().st_size if file.exists() else -1
-        if size == self.size:
+        """Reads on in what the run tells; whether there was anything new."""
+        try:
+            file = (self.folder / METRICS).open("rb")
+        except FileNotFoundError:
             return False
-        self.size = size
-        records = list(records_of(self.folder))
-        self.steps = next((record["steps"] for record in records if record["kind"] == "start"), None)
-        self.step = max((record["step"] for record in records), default=0)
-        self.scores = [deciding_score(self.config, record) for record in records if record["kind"] == "dev"]
-        self.ended = bool(records) and records[-1]["kind"] == "end"
-        return True
+        with file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self.told.inode:  # a run that goes on begins it anew, with what was before
+                self.told = _Told(inode)
+            file.seek(self.told.size)
+            *lines, _ = file.read().split(b"\n")  # the last one is still being written
+        told = self.told
+        for line in lines:
+            record = json.loads(line)
+            told.size += len(line) + 1
+            told.step = max(told.step, record["step"])
+            told.ended = record["kind"] == "end"
+            if record["kind"] == "start" and told.steps is None:
+                told.steps = record["steps"]
+            elif record["kind"] == "dev":
+                told.scores.append(deciding_score(self.config, record))
+        return bool(lines)
 
 
 class Sweep:
@@ -123,8 +144,9 @@ class Sweep:
         self.metric = self.experiment.evaluate.best_by
         self.running: list[_Trial] = []
         self.stopped: set[int] = set()  # trials that somebody else stopped
+        self.orphans: set[int] = set()  # trials whose worker is gone, and whose run still saves
         self.outcomes: list[TrialState] = []  # of the trials that ended here
-        self.most = 0  # trials, of all processes together
+        self.most = 0  # trials, of all processes together, since the sweep began
 
     def run(self, trials: int, at_once: int, storage: Storage) -> None:
         """Goes on with the sweep until it has so many trials, all of them together."""
@@ -135,17 +157,17 @@ class Sweep:
             stack.callback(lambda: [each.claim.close() for each in self.running])
             jobs = stack.enter_context(Jobs(at_once))
             screen = stack.enter_context(_Screen(self))
-            looks = True  # for more trials; after there were none only when one has ended here
+            looks = True  # for more trials; after there were none only when one has ended here, or may be taken over
             while not heard:
                 while looks and jobs.has_room and not heard:
                     taken = self._next()
                     if taken is None:
-                        looks = False
+                        looks = bool(self.orphans)
                         break
                     self.running.append(taken)
                     jobs.start(taken.job)
                     screen.begun(taken)
-                if not self.running:
+                if not (self.running or looks):
                     break
                 screen.refresh()
                 time.sleep(POLL_S)
@@ -192,7 +214,7 @@ class Sweep:
             try:
                 opened: optuna.storages.BaseStorage
                 if storage == "sqlite":
-                    opened = optuna.storages.RDBStorage(f"sqlite:///{path}")
+                    opened = optuna.storages.RDBStorage(_url(path))
                 else:
                     backend = optuna.storages.journal.JournalFileBackend(str(path))
                     opened = optuna.storages.JournalStorage(backend)
@@ -210,29 +232,37 @@ class Sweep:
             self._begin(about)
 
     def _begin(self, about: dict[str, Any]) -> None:
-        """Notes what the study is of, or checks that it is the same; the first trial is the config itself."""
-        before = self.study.user_attrs.get("about")
+        """Notes what the study is of, or checks that it is the same; the first trial is the config itself.
+
+        Where all trials failed it begins anew, with a config that may have been mended.
+        """
+        before, trials = self.study.user_attrs.get(ABOUT), self.trials()
+        fruitless = bool(trials) and all(trial.state == TrialState.FAIL for trial in trials)
         if before is not None:
-            if found := differences(before, about):
+            found = [each for each in differences(before, about) if not (fruitless and each[0].startswith("config."))]
+            if found:
                 key, was, now = found[0]
                 raise UserError(
                     f"{self.out}: was begun with {key} = {_shown(was)}, and this is {_shown(now)}; "
                     "give what it was begun with, or choose another --out"
                 )
-            ended = sum(trial.state in STATES for trial in self.trials())
-            self.say(f"{self.out}: going on after {ended} trials")
-            return
+            if not fruitless:
+                ended = sum(trial.state in STATES for trial in trials)
+                self.say(f"{self.out}: going on after {ended} trials")
+                return
+            self.say(f"{self.out}: all of its {len(trials)} trials failed; beginning anew")
+            self.study.set_user_attr(FRUITLESS, len(trials))
         for key, parameter in self.space.parameters.items():
             own = f"; the config has {_shown(self.own[key])}" if key in self.own else ""
             self.say(f"{key}: {parameter}{own}")
         others = [key for key in self.space.parameters if key not in self.own]
         if self.own:
-            self.study.enqueue_trial(self.own, user_attrs={OWN: not others}, skip_if_exists=True)
+            self.study.enqueue_trial(self.own, user_attrs={OWN: not others}, skip_if_exists=not fruitless)
         outside = f", but of {', '.join(others)}, which lie outside of the space" if others else ""
         self.say(
             f"the first trial has the config's own values{outside}" if self.own else "the config is not in the space"
         )
-        self.study.set_user_attr("about", about)
+        self.study.set_user_attr(ABOUT, about)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -250,23 +280,39 @@ class Sweep:
         """All trials of all processes, each at the place of its number."""
         return self.study.get_trials(deepcopy=False)
 
+    @property
+    def last(self) -> int:
+        """How many trials there are in the end, with those that failed before the sweep began anew."""
+        return self.most + int(self.study.user_attrs.get(FRUITLESS, 0))
+
     def _next(self) -> _Trial | None:
         """A trial that nobody trains any more, or else a new one, if there may be one."""
         with self._turn():
             begun = [trial for trial in self.trials() if trial.state != TrialState.WAITING]
+            before, self.orphans = self.orphans, set()
             for old in begun:
-                if old.state == TrialState.RUNNING and old.number not in self.stopped:
-                    claim = _locked(self.log_of(old.number).with_suffix(".lock"), patient=False)
-                    if claim is not None:
-                        self._seed(old.number)
-                        return self._taken(optuna.Trial(self.study, old._trial_id), claim, again=True)
-            if len(begun) >= self.most:
+                left = old.state == TrialState.RUNNING and old.number not in self.stopped
+                if left and (claim := self._claim(old.number)):
+                    self._seed(old.number)
+                    return self._taken(optuna.Trial(self.study, old._trial_id), claim, again=True)
+            for number in sorted(self.orphans - before):
+                self.say(f"trial {number}  was left by its worker, and its run still saves; waiting for its end")
+            if len(begun) >= self.last:
                 return None
             self._seed(len(begun))
             trial = self.study.ask()
             claim = _locked(self.log_of(trial.number).with_suffix(".lock"), patient=False)
             assert claim is not None
             return self._taken(trial, claim, again=False)
+
+    def _claim(self, number: int) -> IO[str] | None:
+        """The lock of a trial; None where somebody trains it, if only a run that has lost its worker."""
+        claim = _locked(self.log_of(number).with_suffix(".lock"), patient=False)
+        if claim is None or not is_in_use(self.folder_of(number)):
+            return claim
+        claim.close()
+        self.orphans.add(number)
+        return None
 
     def _seed(self, number: int) -> None:
         # One generator for all would begin again in each process, and draw there what was drawn before.
@@ -275,8 +321,8 @@ class Sweep:
 
     def _taken(self, trial: optuna.Trial, claim: IO[str], again: bool) -> _Trial:
         values = {key: parameter.suggest(key, trial) for key, parameter in self.space.parameters.items()}
-        folder = self.out / TRIALS / str(trial.number)
-        overrides = [*self.overrides, *overrides_of(values), f"output_dir={folder}"]
+        folder = self.folder_of(trial.number)
+        overrides = [*self.overrides, *overrides_of(values), into(folder)]
         job = Job(str(trial.number), self.config, tuple(overrides), self.log_of(trial.number))
         try:
             config = load(Experiment, self.config, overrides)
@@ -284,13 +330,17 @@ class Sweep:
             config = self.experiment
         return _Trial(trial, job, folder, config, claim, again)
 
+    def folder_of(self, number: int) -> Path:
+        """The run folder of a trial."""
+        return self.out / TRIALS / str(number)
+
     def log_of(self, number: int) -> Path:
         """Where the run of a trial says what it says."""
         return self.out / TRIALS / f"{number}.log"
 
     def _follow(self, each: _Trial, jobs: Jobs) -> None:
         """Reports what is new of a run, and stops it where it does worse than others did."""
-        if each.read() and self._report(each) and not (each.pruned or each.ended):
+        if each.read() and self._report(each) and not (each.pruned or each.told.ended):
             each.pruned = True
             jobs.stop(each.job)
 
@@ -299,7 +349,7 @@ class Sweep:
         # By how many evaluations it has had: epochs of other batch sizes end after other steps.
         reported = self.trials()[each.trial.number].intermediate_values
         low = False
-        for evaluation, score in enumerate(each.scores):
+        for evaluation, score in enumerate(each.told.scores):
             if evaluation not in reported:
                 each.trial.report(score, evaluation)
                 low = low or each.trial.should_prune()
@@ -311,9 +361,9 @@ class Sweep:
         self._report(each)
         number, stopped = each.trial.number, code in (0, -signal.SIGTERM, -signal.SIGINT)
         with self._turn():
-            if each.ended and code == 0:
+            if each.told.ended and code == 0:
                 state = TrialState.COMPLETE
-                self.study.tell(each.trial, max(each.scores))
+                self.study.tell(each.trial, max(each.told.scores))
             elif each.pruned:
                 state = TrialState.PRUNED
                 self.study.tell(each.trial, state=state)
@@ -343,14 +393,16 @@ class Sweep:
         trials = self.trials()
         best = best_of(trials)
         for trial in trials:
-            folder = self.out / TRIALS / str(trial.number)
+            folder = self.folder_of(trial.number)
             if trial.state not in STATES or folder.is_symlink():
                 continue
             for part in (CHECKPOINTS, BEST):
                 path = folder / part
                 if not path.is_dir() or path.is_symlink() or (part == BEST and best and trial.number == best.number):
                     continue
-                with suppress(UserError, OSError):  # what somebody has put there stays
+                # What somebody has put there stays, and what a run still writes that its worker left.
+                with suppress(UserError, OSError), RunLock() as lock:
+                    lock.take(folder, 0, lambda warning: None)
                     refuse_foreign(folder, [path])
                     shutil.rmtree(path)
 
@@ -379,15 +431,16 @@ class Sweep:
         self.say(_counted(trials))
         if (best := best_of(trials)) is None:
             return
-        own = next((trial for trial in trials if trial.user_attrs.get(OWN) and trial.number != best.number), None)
-        compared = f", where the config as it stands has {score_of(own):.4f}" if own and own.values else ""
+        done = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.number != best.number]
+        own = next((trial for trial in done if trial.user_attrs.get(OWN)), None)
+        compared = f", where the config as it stands has {score_of(own):.4f}" if own else ""
         lines = [f"the best is trial {best.number}: {self.metric} {score_of(best):.4f}{compared}"]
         lines += [f"  {key}: {_shown(value)}" for key, value in best.params.items()]
         missing = importances(self.study)
         importance = f"no importance.png: it {missing}" if isinstance(missing, str) else self.out / "importance.png"
         lines += [
             f"experiment   {self.out / 'best.yaml'}",
-            f"best model   {self.out / TRIALS / str(best.number) / BEST}",
+            f"best model   {self.folder_of(best.number) / BEST}",
             f"trials       {self.out / 'trials.csv'}",
             f"pictures     {self.out / 'history.png'}, {importance}",
         ]
@@ -406,17 +459,18 @@ class _Screen:
     def __rich__(self) -> Group:
         sweep, trials = self.sweep, self.sweep.trials()
         best = best_of(trials)
-        columns = [f"best: {best.number}"] if best else []
-        table = plain_table("trial", *columns, *(each.job.name for each in sweep.running), texts=["trial"])
-        steps = [f"{each.step:,}/{each.steps:,}" if each.steps else "starting" for each in sweep.running]
-        scores = [f"{each.scores[-1]:.4f}" if each.scores else "" for each in sweep.running]
-        table.add_row("step", *["" for _ in columns], *steps)
-        table.add_row(sweep.metric, *[f"{score_of(best):.4f}" for best in [best] if best], *scores)
-        for key in sweep.space.parameters:
-            values = [best.params] if best else []
-            values += [each.trial.params for each in sweep.running]
-            table.add_row(Text(key), *(Text(_shown(of_trial[key])) for of_trial in values))
-        return Group(f"{_counted(trials)}, of {sweep.most}", table)
+        names = _short(sweep.space.parameters)
+        table = plain_table("trial", "step", sweep.metric, "values", texts=["trial", "values"])
+        for column in table.columns[:3]:  # only the values go over several lines
+            column.no_wrap = True
+        if best:
+            table.add_row(f"best: {best.number}", "", f"{score_of(best):.4f}", Text(_listed(best.params, names)))
+        for each in sweep.running:
+            told = each.told
+            step = f"{told.step:,}/{told.steps:,}" if told.steps else "starting"
+            score = f"{told.scores[-1]:.4f}" if told.scores else ""
+            table.add_row(each.job.name, step, score, Text(_listed(each.trial.params, names)))
+        return Group(f"{_counted(trials)}, of {sweep.last}", table)
 
     def __enter__(self) -> "_Screen":
         if self.live:
@@ -451,9 +505,7 @@ class _Screen:
         self._line(trial.number, said, trial.params)
 
     def _line(self, number: int, said: str, params: dict[str, Any]) -> None:
-        values = "  ".join(f"{key}={_shown(value)}" for key, value in params.items())
-        line = f"trial {number}  {said}  {values}"
-        self.sweep.say(line)
+        self.sweep.say(f"trial {number}  {said}  {_listed(params, {})}")
 
 
 def _counted(trials: Sequence[FrozenTrial]) -> str:
@@ -462,8 +514,23 @@ def _counted(trials: Sequence[FrozenTrial]) -> str:
     return f"trials: {', '.join(f'{number} {word}' for word, number in numbers.items() if number or word == 'done')}"
 
 
+def _short(keys: Collection[str]) -> dict[str, str]:
+    """The last part of each key; the whole of it where another one ends in the same."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
+
+
+def _listed(params: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    return "  ".join(f"{names.get(key, key)}={_shown(value)}" for key, value in params.items())
+
+
 def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _url(path: Path) -> str:
+    """What Optuna opens a study in SQLite by, whatever the path holds."""
+    return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def _locked(path: Path, patient: bool) -> IO[str] | None:
@@ -498,11 +565,14 @@ def _stops() -> Iterator[list[int]]:
 
 def storage_in(out: Path, asked: Storage | None, in_array: bool) -> Storage:
     """Where the study is: as asked for, as it was begun, or a journal for the tasks of an array."""
+    with refusing(f"--out: cannot read {out}"):
+        others = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        trials = sorted(path.name for path in (out / TRIALS).iterdir()) if TRIALS in others else []
+    # After what is there, which another process may be beginning: the study comes first.
     begun = next((storage for storage, name in STUDY.items() if (out / name).exists()), None)
     if begun is None:
-        with refusing(f"--out: cannot read {out}"):
-            others = sorted(path.name for path in out.iterdir()) if out.exists() else []
         foreign = [name for name in others if name not in (*STUDY.values(), LOCK, ALONE, TRIALS)]
+        foreign += [f"{TRIALS}/{name}" for name in trials]
         if foreign:
             raise UserError(f"--out: {out} holds {foreign[0]}, not a sweep; choose another folder")
         return asked or ("journal" if in_array else "sqlite")
@@ -524,7 +594,10 @@ def sweep(
 ) -> None:
     """Sweeps until there are so many trials; what was found out is in `out`, by default beside the run folder."""
     own = load(Experiment, config, overrides).output_dir
-    out = out or own.with_name(f"{own.name}-sweep")
+    if out is None:
+        if not own.name:
+            raise UserError(f"output_dir is {own}, and the sweep's folder would be beside it; name one by --out")
+        out = own.with_name(f"{own.name}-sweep")
     found = Sweep(config, overrides, space, out, seed, console)
     found.run(trials, at_once, storage_in(out, storage, "SLURM_ARRAY_TASK_ID" in os.environ))
     found.close()

@@ -100,6 +100,16 @@ def test_the_best_trial_is_an_experiment(tiny: Path, overrides: list[str], base:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_whatever_overrides_and_folders_are_called_the_best_trial_can_be_read(tiny: Path) -> None:
+    sweep = tiny.parent / "a # b: [c] *d"
+    sweep.mkdir()
+    header = ["how\nit came", "--out 'e\u2028f'"]
+    write_best(tiny, ["log=\n  every_steps: 7\n"], sweep / "best", header, sweep / "best.yaml")
+    best = load(Experiment, sweep / "best.yaml")
+    assert best.log.every_steps == 7 and best.output_dir == sweep / "best"
+    assert (sweep / "best.yaml").read_text().startswith("# how\n# it came\n# --out 'e\n# f'\nextends: ../tiny.yaml\n")
+
+
 def test_a_value_as_by_default_is_there_when_the_config_has_another(tiny: Path) -> None:
     path = tiny.parent / "best.yaml"
     write_best(tiny, ["gradients.clip_norm=null"], tiny.parent / "best", [], path)

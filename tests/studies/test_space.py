@@ -54,6 +54,7 @@ def test_the_config_has_values_of_its_own_where_they_lie_in_the_space(tiny: Path
     space = read_space(space_of(tiny, GOOD))
     own = {"optim.lr": 1e-3, "tasks.mood.batch_size": 6, "mixer": "joint", "tasks.mood.max_length": "null"}
     assert own_values(space, tiny, []) == own | {"tasks.near.weight": 0.5}  # and 9 is none of 2, 5, 8
+    assert "tasks.near.weight" not in own_values(space, tiny, ["tasks.near.weight=1e30"])
     there = ["tasks.same.batch_size=8", "tasks.near.weight=0.6", "optim.lr=1", "mixer=uniform"]
     assert own_values(space, tiny, there) == {
         "tasks.mood.batch_size": 6,
@@ -102,6 +103,35 @@ def test_the_config_has_values_of_its_own_where_they_lie_in_the_space(tiny: Path
             "evaluate.best_by: {choices: [mood]}",
             "1: evaluate.best_by cannot be drawn: it decides which trial is the best; "
             "set it for all of them, in the config",
+        ),
+        (
+            "evaluate: {choices: [{best_by: overall_a}, {best_by: overall_b}]}",
+            "1: evaluate changes evaluate.best_by, which cannot be drawn: it decides which trial is the best; "
+            "set it for all of them, in the config",
+        ),
+        (
+            "tasks.near.metric: {choices: [pearson, spearman]}",
+            "1: tasks.near.metric cannot be drawn: it decides which trial is the best; "
+            "set it for all of them, in the config",
+        ),
+        (
+            "tasks.near.dev: {choices: [near-dev.tsv, other.tsv]}",
+            "1: tasks.near.dev cannot be drawn: it decides which trial is the best; "
+            "set it for all of them, in the config",
+        ),
+        (
+            "data_dir: {choices: [/elsewhere]}",
+            "1: data_dir changes tasks.mood.dev, which cannot be drawn: it decides which trial is the best; "
+            "set it for all of them, in the config",
+        ),
+        (
+            "tasks.near: {choices: [null]}",
+            "1: tasks.near changes tasks, which cannot be drawn: it decides which trial is the best; "
+            "set it for all of them, in the config",
+        ),
+        (
+            "optim.lr: {low: 0, high: 1e30, step: 1e-3}",
+            "1: optim.lr: step is 0.001, too fine for 0 to 1e+30; leave it out",
         ),
         ("- optim.lr", '1: the top level is ["optim.lr"], not a mapping'),
     ],

@@ -4,6 +4,8 @@ python -m pytest tests/studies/test_sweep.py
 """
 
 import csv
+import io
+import json
 import os
 import re
 import signal
@@ -17,11 +19,14 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
+from mtl_dist.checkpoint import RunLock
 from mtl_dist.cli import main
-from mtl_dist.config import load
+from mtl_dist.config import UserError, load
 from mtl_dist.experiment import Experiment
 from mtl_dist.runs.story import story_of
+from mtl_dist.studies.sweep import Sweep, _Screen
 from tests.limits import limit
 
 SPACE = "optim.lr: {low: 1e-4, high: 1e-2, log: true}\n"
@@ -59,6 +64,20 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     output = capsys.readouterr()
     assert "Traceback" not in output.err
     return output.err
+
+
+def sweep_of(tiny: Path, most: int = 9) -> Sweep:
+    """A sweep whose study is in memory, and which trains nothing."""
+    sweep = Sweep(tiny, [], tiny.parent / "space.yaml", tiny.parent / "run-sweep", 0, Console(file=io.StringIO()))
+    (sweep.out / "trials").mkdir(parents=True, exist_ok=True)
+    sweep.study = optuna.create_study(direction="maximize")
+    sweep.most = most
+    return sweep
+
+
+def said(sweep: Sweep) -> str:
+    assert isinstance(sweep.console.file, io.StringIO)
+    return sweep.console.file.getvalue()
 
 
 def test_a_sweep_from_its_first_trial_to_its_best(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,9 +252,8 @@ def test_processes_share_a_journal(tiny: Path) -> None:
     sweep = tiny.parent / "run-sweep"
     assert [row["state"] for row in table(sweep)] == ["done"] * 3
     assert len({row["optim.lr"] for row in table(sweep)}) == 3  # none drew what another had drawn
-    assert shown[0].count("the first trial has the config's own values") + shown[1].count("going on after") == 1 or (
-        shown[1].count("the first trial has the config's own values") + shown[0].count("going on after") == 2
-    )
+    one_begins = [("the first trial has the config's own values" in text, "going on after" in text) for text in shown]
+    assert sorted(one_begins) == [(False, True), (True, False)]
 
 
 def test_mistakes_are_one_line(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +266,9 @@ def test_mistakes_are_one_line(tiny: Path, capsys: pytest.CaptureFixture[str], m
     assert refused(capsys, *command(folder / "no.yaml", 1)) == f"{folder}/no.yaml: No such file or directory\n"
     assert refused(capsys, *command(tiny, 1, "--out", str(folder))).startswith(f"--out: {folder} holds ")
     assert refused(capsys, *command(tiny, 1, "--out", "/proc/x")).startswith("--out: cannot write /proc/x: ")
+    assert refused(capsys, *command(tiny, 1, "output_dir=.")) == (
+        "output_dir is ., and the sweep's folder would be beside it; name one by --out\n"
+    )
     without = [f"tasks.{task}.dev=null" for task in ("mood", "same", "near")]
     assert refused(capsys, *command(tiny, 1, *without)) == (
         f"{tiny}: no task has a dev set, so no trial is better than another; give one to a task\n"
@@ -268,3 +289,154 @@ def test_a_file_that_is_no_study_is_named(tiny: Path, capsys: pytest.CaptureFixt
         line = refused(capsys, *command(tiny, 1, "--out", str(sweep)))
         assert line.startswith(f"{sweep}/sweep.{storage}: not a study that can be opened (")
         assert line.endswith("); choose another --out\n") and line.count("\n") == 1
+
+
+def test_a_folder_of_any_name_holds_all_of_a_sweep(tiny: Path) -> None:
+    write_space(tiny)
+    sweep = tiny.parent / "a # b: [c] *d what?x 100%20x {y}"
+    for storage in ("sqlite", "journal"):
+        out = sweep / storage
+        assert (
+            main(command(tiny, 1, "log=\n  every_steps: 1\n", "steps=1", "--out", str(out), "--storage", storage)) == 0
+        )
+        assert {path.name for path in out.iterdir()} >= {"trials", "trials.csv", "best.yaml", "history.png"}
+        assert (out / {"sqlite": "sweep.db", "journal": "sweep.journal"}[storage]).stat().st_size > 0
+        assert story_of(out / "trials/0").ended
+        assert load(Experiment, out / "best.yaml").output_dir == out / "best"
+    assert {path.name for path in sweep.iterdir()} == {"sqlite", "journal"}
+
+
+def test_runs_that_are_no_sweeps_are_left_alone(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_space(tiny)
+    mine = tiny.parent / "run-sweep/trials/0"
+    (mine / "best").mkdir(parents=True)
+    assert refused(capsys, *command(tiny, 1)) == (
+        f"--out: {tiny.parent}/run-sweep holds trials/0, not a sweep; choose another folder\n"
+    )
+    assert (mine / "best").is_dir() and not (mine.parent / "0.lock").exists()
+
+
+def test_a_trial_whose_run_still_saves_is_taken_over_when_it_has_ended(tiny: Path) -> None:
+    write_space(tiny)
+    study = optuna.create_study(storage=f"sqlite:///{tiny.parent}/others.db", study_name="tiny", direction="maximize")
+    study.ask()  # by a worker that was killed
+    run = tiny.parent / "run-sweep/trials/0"
+    run.parent.mkdir(parents=True)
+    (tiny.parent / "others.db").rename(tiny.parent / "run-sweep/sweep.db")
+    with RunLock() as lock:
+        lock.take(run, 0, print)
+        sweep = started(tiny, 1, "steps=1")
+        assert sweep.stdout is not None
+        shown = iter(sweep.stdout.readline, "")
+        waits = "trial 0  was left by its worker, and its run still saves; waiting for its end\n"
+        assert waits in shown  # and read no further
+        assert not run.with_suffix(".log").exists()
+    rest, _ = sweep.communicate()
+    assert sweep.returncode == 0 and "trial 0  goes on" in rest and waits not in rest
+    assert [(row["trial"], row["state"]) for row in table(tiny.parent / "run-sweep")] == [("0", "done")]
+
+
+def test_nothing_is_removed_from_under_a_run_that_still_saves(tiny: Path) -> None:
+    write_space(tiny)
+    sweep = sweep_of(tiny)
+    sweep.study.add_trial(create_trial(state=TrialState.FAIL))
+    checkpoints = sweep.folder_of(0) / "checkpoints"
+    (checkpoints / "step-00000003").mkdir(parents=True)
+    with RunLock() as lock:
+        lock.take(sweep.folder_of(0), 0, print)
+        sweep._tidy()
+        assert (checkpoints / "step-00000003").is_dir()
+    sweep._tidy()
+    assert not checkpoints.exists()
+
+
+def test_where_all_trials_failed_the_same_command_begins_anew(tiny: Path) -> None:
+    write_space(tiny)
+    about = {"space": {"optim.lr": 1}, "config": {"steps": 6}}
+    sweep = sweep_of(tiny, most=3)
+    sweep._begin(about)
+    first = [sweep._next() for _ in range(4)]
+    assert [each and each.trial.number for each in first] == [0, 1, 2, None]
+    for each in first[:3]:
+        assert each is not None
+        sweep.study.tell(each.trial, state=TrialState.FAIL)
+
+    # The same, or one that was mended; numbers go on, and the config's own values come first again.
+    mended = about | {"config": {"steps": 7}}
+    sweep._begin(mended)
+    assert f"{sweep.out}: all of its 3 trials failed; beginning anew\n" in said(sweep)
+    second = [sweep._next() for _ in range(4)]
+    assert [each and each.trial.number for each in second] == [3, 4, 5, None]
+    own = second[0]
+    assert own is not None and own.trial.params == {"optim.lr": 1e-3} and own.trial.user_attrs["own"]
+    sweep.study.tell(own.trial, 0.5)
+    for each in second[1:3]:
+        assert each is not None
+        sweep.study.tell(each.trial, state=TrialState.FAIL)
+
+    # Where one came to its end, those that failed are not tried again, and the config stays.
+    sweep._begin(mended)
+    assert "going on after 6 trials" in said(sweep) and sweep._next() is None
+    with pytest.raises(UserError, match=r"was begun with config\.steps = 7, and this is 6; give what it was begun"):
+        sweep._begin(about)
+
+
+def test_what_a_run_tells_is_read_on(tiny: Path) -> None:
+    write_space(tiny)
+    sweep = sweep_of(tiny)
+    each = sweep._next()
+    assert each is not None and not each.read()
+
+    def lines(*records: dict[str, object]) -> bytes:
+        return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+    def dev(step: int, score: float) -> dict[str, object]:
+        return {"kind": "dev", "step": step, "tasks": {"mood": {}}, "overall_a": score}
+
+    each.folder.mkdir()
+    file, draft = each.folder / "metrics.jsonl", each.folder / "draft"
+    begun = lines({"kind": "start", "step": 0, "steps": 9}, dev(3, 0.25))
+    cut = lines(dev(6, 0.5))
+    file.write_bytes(begun + cut[:9])
+    assert each.read() and not each.read()
+    assert (each.told.steps, each.told.step, each.told.scores) == (9, 3, [0.25])
+    with file.open("r+b") as written:  # what was read is not read again
+        written.write(b"x" * len(begun))
+        written.seek(0, os.SEEK_END)
+        written.write(cut[9:])
+    assert each.read()
+    assert (each.told.steps, each.told.step, each.told.scores) == (9, 6, [0.25, 0.5])
+    # A run that goes on replaces it.
+    draft.write_bytes(begun + lines({"kind": "end", "step": 3}))
+    draft.replace(file)
+    assert each.read()
+    assert (each.told.step, each.told.scores, each.told.ended) == (3, [0.25], True)
+
+
+def test_eight_trials_under_way_fit_a_terminal(tiny: Path) -> None:
+    keys = {
+        "optim.lr": "{low: 1e-5, high: 2e-4, log: true}",
+        "tasks.mood.dropout": "{low: 0.0, high: 0.3, step: 0.1}",
+        "tasks.mood.batch_size": "{low: 16, high: 64, log: true}",
+        "tasks.same.head": "{choices: [sbert, cross_encoder]}",
+        "mixer": "{choices: [joint, round_robin]}",
+    }
+    write_space(tiny, "\n".join(f"{key}: {drawn}" for key, drawn in keys.items()))
+    sweep = sweep_of(tiny)
+    sweep.running = [each for each in (sweep._next() for _ in range(9)) if each]
+    sweep.study.tell(sweep.running.pop(0).trial, 0.75)
+    for each in sweep.running:
+        each.told.steps, each.told.step, each.told.scores = 10_000, 8_000, [0.5]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(_Screen(sweep))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue().splitlines()
+    assert len(shown) <= 24 and max(map(len, shown)) <= 80
+    rows = [line.split() for line in shown]
+    assert ["best:", "0", "0.7500"] in [row[:3] for row in rows]
+    for each in sweep.running:
+        (place,) = (place for place, row in enumerate(rows) if row[0] == each.job.name)
+        params = {key.rpartition(".")[2]: value for key, value in each.trial.params.items()}
+        values = [f"lr={params['lr']:.4g}", f"dropout={params['dropout']:.4g}", f"batch_size={params['batch_size']}"]
+        values += [f"head={params['head']}", f"mixer={params['mixer']}"]
+        assert (rows[place] + rows[place + 1])[1:] == ["8,000/10,000", "0.5000", *values]

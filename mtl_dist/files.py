@@ -57,15 +57,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """A draft to be written, which then takes the place of a file: whoever reads that sees the old or the new one."""
-    draft = path.with_name(f"draft-{path.name}")  # with the suffix, by which some know what to write
-    with refusing(f"cannot write {path}"):
-        yield draft
-        draft.replace(path)
-
-
 def drafts(name: str) -> tuple[str, str]:
     """What stands beside a folder for a moment: the new one, not yet whole, and the old one, not yet gone."""
     return f"{name}.tmp", f"{name}.old"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mtl_dist.config import UserError, refusing
-from mtl_dist.files import replacing_file
+from mtl_dist.files import rewriting
 from mtl_dist.studies.jobs import Job, last_line
 
 SCRIPT = Path("slurm/array_study.sbatch")
@@ -63,7 +63,7 @@ def submit(runs: Sequence[Run], out: Path, at_once: int | None, tell: Callable[[
         ";"
     )[0]
     arrays[number] = [run.name for run in left]
-    with replacing_file(file) as draft:
+    with rewriting(file) as draft:
         draft.write_text(json.dumps(arrays, indent=1), encoding="utf-8")
     tell(f"submitted {len(left)} runs as job {number}; the same command gathers what they come to")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mtl_dist import __version__
 from mtl_dist.doctor import facts
-from mtl_dist.files import replacing_file
+from mtl_dist.files import rewriting
 from mtl_dist.metrics import OVERALL
 from mtl_dist.studies.picture import draw
 from mtl_dist.studies.published import Published
@@ -57,10 +57,10 @@ def write(study: Study, folder: Path, with_picture: bool = True) -> None:
         JSON: json.dumps(_json(study, about), indent=1),
     }
     for name, text in texts.items():
-        with replacing_file(folder / name) as draft:
+        with rewriting(folder / name) as draft:
             draft.write_text(text, encoding="utf-8")
     if with_picture:
-        with replacing_file(folder / PICTURE) as draft:
+        with rewriting(folder / PICTURE) as draft:
             draw(study.sections, draft)
 
 

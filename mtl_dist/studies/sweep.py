@@ -117,7 +117,7 @@ class _Trial:
             told.size += len(line) + 1
             told.step = max(told.step, record["step"])
             told.ended = record["kind"] == "end"
-            if record["kind"] == "start" and told.steps is None:
+            if record["kind"] == "start":
                 told.steps = record["steps"]
             elif record["kind"] == "dev":
                 told.scores.append(deciding_score(self.config, record))

@@ -1,6 +1,7 @@
 """What a run folder tells of its run, finished or not: its config, metrics.jsonl, the scores of its best model."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -69,6 +70,29 @@ def records_of(folder: Path) -> Iterator[Record]:
     except FileNotFoundError:
         return
     yield from parsed(text)
+
+
+class Reader:
+    """Reads the records of a run that is under way, as they come."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self.inode, self.place = folder / METRICS, -1, 0
+
+    def read(self) -> tuple[list[Record], bool]:
+        """The records since the last time; and whether they begin anew, as those of a run do that goes on."""
+        try:
+            with self.file.open("rb") as file:
+                status = os.fstat(file.fileno())
+                anew = status.st_ino != self.inode or status.st_size < self.place
+                if anew:
+                    self.inode, self.place = status.st_ino, 0
+                file.seek(self.place)
+                text = file.read()
+        except OSError:
+            return [], False
+        whole = text[: text.rfind(b"\n") + 1]
+        self.place += len(whole)
+        return list(parsed(whole)), anew
 
 
 def parsed(lines: bytes) -> Iterator[Record]:

@@ -32,14 +32,13 @@ from mtl_dist.data.tokenizer import load_tokenizer
 from mtl_dist.experiment import Experiment
 from mtl_dist.metrics import OVERALL
 from mtl_dist.optim import Schedule
-from mtl_dist.runs.story import Record, Story, parsed, story_of
+from mtl_dist.runs.story import Reader, Record, Story, story_of
 from mtl_dist.studies import array, document
 from mtl_dist.studies.jobs import Job, Jobs, why_it_ended
 from mtl_dist.studies.plan import tokens_of_draws
 from mtl_dist.studies.published import PUBLISHED, Published, published_beside
 from mtl_dist.studies.table import Outcome, Row, outcome_of, system_of
 from mtl_dist.training.setup import load_data
-from mtl_dist.watch.recorder import METRICS
 from mtl_dist.watch.screen import make_console, plain_table
 
 LOOK_EVERY_S = 0.5
@@ -352,26 +351,14 @@ class Watch:
     def __init__(self, run: Planned) -> None:
         self.run = run
         self.began = time.monotonic()
-        self.file = run.folder / METRICS
-        self.place = 0
-        self.inode = 0
+        self.reader = Reader(run.folder)
         self.last: dict[str, Record] = {}  # of each kind
         self.tokens_before: int | None = None  # that it had when this process began to watch
 
     def look(self) -> None:
         """Reads what is new."""
-        try:
-            with self.file.open("rb") as file:
-                status = self.file.stat()
-                if status.st_ino != self.inode or status.st_size < self.place:  # a run that goes on writes it anew
-                    self.inode, self.place = status.st_ino, 0
-                file.seek(self.place)
-                text = file.read()
-        except OSError:
-            return
-        whole = text[: text.rfind(b"\n") + 1]
-        self.place += len(whole)
-        self.last |= {record["kind"]: record for record in parsed(whole)}
+        records, _ = self.reader.read()
+        self.last |= {record["kind"]: record for record in records}
         if self.tokens_before is None and self.last:
             self.tokens_before = self.tokens
 

@@ -14,7 +14,6 @@ over. All that decides who does what happens in a `_turn`, which one process has
 """
 
 import fcntl
-import json
 import os
 import shlex
 import shutil
@@ -42,6 +41,7 @@ from mtl_dist.checkpoint import CHECKPOINTS, RunLock, is_in_use
 from mtl_dist.config import UserError, differences, load, refusing
 from mtl_dist.experiment import Experiment
 from mtl_dist.model.multitask import BEST
+from mtl_dist.runs.story import Reader
 from mtl_dist.studies.findings import (
     OWN,
     REASON,
@@ -59,7 +59,6 @@ from mtl_dist.studies.space import Space, into, overrides_of, own_values, read_s
 from mtl_dist.training.folder import refuse_foreign
 from mtl_dist.training.resume import OF_A_START
 from mtl_dist.training.scores import deciding_score
-from mtl_dist.watch.recorder import METRICS
 from mtl_dist.watch.screen import plain_table
 
 Storage = Literal["sqlite", "journal"]
@@ -78,8 +77,6 @@ ABOUT, FRUITLESS = "about", "fruitless"  # what a study is of; how many trials f
 class _Told:
     """What metrics.jsonl has told of a run so far."""
 
-    inode: int = -1
-    size: int = 0  # of the lines that were read
     steps: int | None = None
     step: int = 0
     scores: list[float] = field(default_factory=list)
@@ -99,29 +96,22 @@ class _Trial:
     told: _Told = field(default_factory=_Told)
     pruned: bool = False
 
+    def __post_init__(self) -> None:
+        self.reader = Reader(self.folder)
+
     def read(self) -> bool:
         """Reads on in what the run tells; whether there was anything new."""
-        try:
-            file = (self.folder / METRICS).open("rb")
-        except FileNotFoundError:
-            return False
-        with file:
-            inode = os.fstat(file.fileno()).st_ino
-            if inode != self.told.inode:  # a run that goes on begins it anew, with what was before
-                self.told = _Told(inode)
-            file.seek(self.told.size)
-            *lines, _ = file.read().split(b"\n")  # the last one is still being written
-        told = self.told
-        for line in lines:
-            record = json.loads(line)
-            told.size += len(line) + 1
-            told.step = max(told.step, record["step"])
-            told.ended = record["kind"] == "end"
+        records, anew = self.reader.read()
+        if anew:
+            self.told = _Told()
+        for record in records:
+            self.told.step = max(self.told.step, record["step"])
+            self.told.ended = record["kind"] == "end"
             if record["kind"] == "start":
-                told.steps = record["steps"]
+                self.told.steps = record["steps"]
             elif record["kind"] == "dev":
-                told.scores.append(deciding_score(self.config, record))
-        return bool(lines)
+                self.told.scores.append(deciding_score(self.config, record))
+        return bool(records)
 
 
 class Sweep:

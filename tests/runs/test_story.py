@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl_dist.runs.story import records_of, story_of
+from mtl_dist.runs.story import Reader, records_of, story_of
 from tests.trained import run
 
 
@@ -36,3 +36,19 @@ def test_the_number_of_steps_is_told_once_and_when_it_is_another(tiny: Path, ste
     run(tiny, "log.tensorboard=false", f"steps={steps}", resume="auto")
     told = [(record["step"], record["steps"]) for record in story_of(tiny.parent / "run").of_kind("start")]
     assert told == ([(0, 6)] if steps == 6 else [(0, 6), (6, 9)])
+
+
+def test_records_are_read_as_they_come_and_anew_where_a_run_goes_on(tmp_path: Path) -> None:
+    reader, file = Reader(tmp_path), tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"kind": "train", "step": step}) + "\n" for step in range(4)]
+    assert reader.read() == ([], False)
+    file.write_text(lines[0] + lines[1] + lines[2][:5])
+    assert [record["step"] for record in reader.read()[0]] == [0, 1]
+    with file.open("a") as more:
+        more.write(lines[2][5:])
+    assert reader.read() == ([{"kind": "train", "step": 2}], False)
+    draft = tmp_path / "draft"
+    draft.write_text(lines[0] + lines[3])
+    draft.replace(file)
+    records, anew = reader.read()
+    assert anew and [record["step"] for record in records] == [0, 3]

@@ -165,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder of the runs and of the table")
     sub.add_argument("--seeds", type=int, metavar="N", default=1, help="runs of each config, its own seed first")
     sub.add_argument("--scale", type=float, metavar="X", default=1.0, help="multiplies every length of every stage")
-    sub.add_argument("--lr-scale", type=float, metavar="X", default=1.0, help="multiplies every learning rate")
+    sub.add_argument(
+        "--lr-scale", type=float, metavar="X", default=1.0, help="multiplies learning rates, but of heads alone"
+    )
     sub.add_argument("--only", metavar="PATTERN", action="append", default=[], help="such as '003-*'; can be repeated")
     sub.add_argument("--jobs", type=int, metavar="N", help="runs at a time; by default 1, on SLURM as many as fit")
     sub.add_argument("--slurm", action="store_true", help="submit the runs as a job array instead")

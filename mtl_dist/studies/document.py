@@ -179,7 +179,7 @@ def differences(study: Study) -> Iterator[tuple[str, str, str]]:
             ", ".join(f"{names[task]} {' or '.join(f'{n:,}' for n in rows)}" for task, rows in ours.items()) or "–",
         )
     if study.lr_scale != 1:
-        yield "learning rates, all of them", "as published", f"{study.lr_scale:g} ×"
+        yield "learning rates of stages that train the encoder", "as published", f"{study.lr_scale:g} ×"
     yield "budget: length of every stage", "full", "full" if study.scale == 1 else f"{study.scale:g} of it"
     yield "seeds", "not given", str(max(row.wanted for row in study.rows)) if study.rows else "–"
     for override in study.overrides:

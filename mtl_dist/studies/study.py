@@ -29,7 +29,7 @@ from mtl_dist.checkpoint import RunLock
 from mtl_dist.config import CONFIG_FILE, UserError, differences, flow, load
 from mtl_dist.data.mixer import AnyMixer, UniMax
 from mtl_dist.data.tokenizer import load_tokenizer
-from mtl_dist.experiment import Experiment
+from mtl_dist.experiment import TRAINS, Experiment
 from mtl_dist.metrics import OVERALL
 from mtl_dist.optim import Schedule
 from mtl_dist.runs.story import Reader, Record, Story, story_of
@@ -130,8 +130,8 @@ def _extended(file: Path) -> Path | None:
 
 
 def scaled(config: Experiment, scale: float, lr_scale: float = 1.0) -> list[str]:
-    """The overrides that multiply every length of every stage (epochs, steps, warm-up, and UniMax's epochs), and every
-    learning rate.
+    """The overrides that multiply every length of every stage (epochs, steps, warm-up, and UniMax's epochs), and the
+    learning rate of every stage that trains the encoder.
     """
 
     def lengths(
@@ -151,11 +151,13 @@ def scaled(config: Experiment, scale: float, lr_scale: float = 1.0) -> list[str]
     if scale != 1:
         epochs = 1.0 if config.epochs is None and config.steps is None else config.epochs  # the default is one as well
         overrides += lengths("", epochs, config.steps, config.optim.schedule, config.mixer)
-        for number, stage in enumerate(config.stages):
-            overrides += lengths(f"stages.{number}.", stage.epochs, stage.steps, stage.schedule, stage.mixer)
+        for number, own in enumerate(config.stages):
+            overrides += lengths(f"stages.{number}.", own.epochs, own.steps, own.schedule, own.mixer)
     if lr_scale != 1:
-        rates = {"optim.lr": config.optim.lr, **{f"stages.{n}.lr": stage.lr for n, stage in enumerate(config.stages)}}
-        overrides += [f"{key}={_times(rate, lr_scale)}" for key, rate in rates.items() if rate is not None]
+        for stage in config.all_stages():
+            if stage.trains != TRAINS["heads"]:  # which another encoder leaves as they are
+                key = f"stages.{stage.number}.lr" if config.stages else "optim.lr"
+                overrides.append(f"{key}={_times(stage.optim.lr, lr_scale)}")
     return overrides
 
 

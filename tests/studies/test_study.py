@@ -224,11 +224,12 @@ def test_a_scale_multiplies_every_length(tiny: Path, overrides: list[str], scale
 
 
 def test_learning_rates_are_scaled_alike(tiny: Path) -> None:
-    overrides = ["optim.lr=2e-5", "stages=[{lr: 1.0e-3}, {steps: 2}]"]
+    assert scaled(load(Experiment, tiny, ["optim.lr=2e-5"]), 1, 5) == ["optim.lr=0.0001"]
+    overrides = ["optim.lr=2e-5", "stages=[{lr: 1.0e-3}, {steps: 2}, {trains: heads}]"]
     found = scaled(load(Experiment, tiny, overrides), 1, 5)
-    assert found == ["optim.lr=0.0001", "stages.0.lr=0.005"]
-    first, second = load(Experiment, tiny, [*overrides, *found]).all_stages()
-    assert (first.optim.lr, second.optim.lr) == (5e-3, 1e-4)
+    assert found == ["stages.0.lr=0.005", "stages.1.lr=0.0001"]
+    stages = load(Experiment, tiny, [*overrides, *found]).all_stages()
+    assert [stage.optim.lr for stage in stages] == [5e-3, 1e-4, 2e-5]  # heads know nothing of another encoder
 
 
 def test_a_folder_with_any_name_is_one_folder(configs: Path) -> None:

@@ -1,6 +1,6 @@
 """Runs as processes of their own: so many at a time, stopped with what they have, and gone when their parent is.
 
-python -m pytest tests/studies/test_jobs.py
+python -m pytest tests/studies/test_run_processes.py
 """
 
 import os

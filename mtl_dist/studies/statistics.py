@@ -53,7 +53,8 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference | None:
 
 def t_tails(t: float, df: int) -> float:
     """How probable it is that Student's t with `df` degrees of freedom is at least as far from zero."""
-    return _beta(df / (df + t * t), df / 2, 0.5)
+    inside = t * t / (df + t * t)
+    return 1 - _beta(inside, 0.5, df / 2) if inside < 0.5 else _beta(df / (df + t * t), df / 2, 0.5)  # no digits lost
 
 
 def t_quantile(confidence: float, df: int) -> float:

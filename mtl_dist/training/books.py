@@ -514,7 +514,7 @@ class Books:
     def end(self) -> None:
         """Writes down that the run came to its end."""
         if self.recorder:
-            self.recorder.note(self.run.done, "end", {"tokens": self.meter.tokens_of_run})
+            self.recorder.end(self.run.done, self.meter.tokens_of_run)
 
     def close(self) -> None:
         """Writes out what is still in memory."""

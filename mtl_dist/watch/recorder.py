@@ -54,7 +54,7 @@ class Recorder:
 
     def __init__(self, folder: Path, tensorboard: bool, after: int = 0) -> None:
         """`after` is the step that the run goes on from; what was told of later ones is forgotten."""
-        self.steps = _keep_until(after, folder / METRICS)  # that the run was to have when it was told last
+        self.told = _keep_until(after, folder / METRICS)  # the last record of each kind
         self.file = (folder / METRICS).open("a", encoding="utf-8")
         self.writer = None
         if tensorboard:
@@ -64,9 +64,14 @@ class Recorder:
                 self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=after + 1 if after else None)
 
     def start(self, step: int, steps: int) -> None:
-        """Tells how many steps there will be, from the first one or from where that is told anew."""
-        if steps != self.steps:
+        """Tells how many steps there will be, unless that was told before."""
+        if steps != self.told.get("start", {}).get("steps") and (steps > step or not step):
             self.note(step, "start", {"steps": steps})
+
+    def end(self, step: int, tokens: int) -> None:
+        """Tells that the run came to its end, unless that was told before."""
+        if step != self.told.get("end", {}).get("step"):
+            self.note(step, "end", {"tokens": tokens})
 
     def note(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """One line of JSON."""
@@ -124,27 +129,24 @@ class Recorder:
             log.warning("TensorBoard's files cannot be written (%s); training goes on without them", error)
 
 
-def _keep_until(step: int, metrics: Path) -> int | None:
-    """Drops the records of later steps, what says that the run ended, and a last line that was cut off.
-
-    Returns how many steps there were to be, as the last one says that tells it.
-    """
+def _keep_until(step: int, metrics: Path) -> dict[str, Any]:
+    """Drops the records of later steps, and a last line that was cut off; the last record of each kind that is left."""
     if not metrics.exists():
-        return None
+        return {}
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     draft = metrics.with_name(DRAFT)
     draft.unlink(missing_ok=True)
     draft.write_text("".join(kept), encoding="utf-8")
     draft.replace(metrics)
-    return next((json.loads(line)["steps"] for line in reversed(kept) if '"kind": "start"' in line), None)
+    return {record["kind"]: record for record in map(json.loads, kept)}
 
 
 def _step_of(line: str) -> float:
-    """The step that a record tells of; the end, and a line that is no record, belong to no step of a run."""
+    """The step that a record tells of; a line that is none belongs to no step of a run."""
     try:
         record = json.loads(line)
-        return math.inf if record["kind"] == "end" else float(record["step"])
+        return float(record["step"]) if record["kind"] else math.inf
     except (ValueError, TypeError, KeyError):
         log.warning("metrics.jsonl: a line that cannot be read is left out: %.40s", line.strip())
         return math.inf

@@ -448,7 +448,7 @@ def test_a_slow_disk_writes_the_run_as_it_stood(tiny: Path, monkeypatch: pytest.
     there = run(tiny, *steady, f"output_dir={tiny.parent / 'there'}", resume=str(middle))
     assert far_apart(there["parameters"], whole["parameters"]) == 0
     draws = [
-        json.loads((tiny.parent / name / "metrics.jsonl").read_text().splitlines()[-2])["draws"]
+        json.loads((tiny.parent / name / "metrics.jsonl").read_text().splitlines()[-3])["draws"]
         for name in ("run", "there")
     ]
     assert draws[0] == draws[1]
@@ -484,12 +484,12 @@ def stopped(config: Path, *overrides: str) -> tuple[int, bool]:
     """The exit code of a run that hears a USR1 in its third step, and whether it asks for a requeue."""
     step, steps, requeue = Engine.step, 0, config.parent / "requeue"
 
-    def heard(engine: Engine[Any]) -> Stepped:
+    def heard(engine: Engine[Any], number: int) -> Stepped:
         nonlocal steps
         steps += 1
         if steps == 3:
             signal.raise_signal(signal.SIGUSR1)
-        return step(engine)
+        return step(engine, number)
 
     with patch.object(Engine, "step", heard), patch.dict(os.environ, MTL_DIST_REQUEUE_FILE=str(requeue)):
         code = main(["train", str(config), *overrides, "--overwrite"])
@@ -519,8 +519,8 @@ def test_an_end_that_cannot_be_saved_is_no_success(
 def test_a_stop_of_poisoned_weights_asks_for_no_requeue(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step = Engine.step
 
-    def poisoning(engine: Engine[Any]) -> Stepped:
-        stepped = step(engine)
+    def poisoning(engine: Engine[Any], number: int) -> Stepped:
+        stepped = step(engine, number)
         next(engine.module.parameters()).data.fill_(float("nan"))
         return stepped
 

@@ -215,8 +215,8 @@ def test_a_nan_in_a_head_alone_leaves_the_step_out(tiny: Path, policy: str) -> N
 def test_poisoned_weights_are_not_saved(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step = Engine.step
 
-    def poisoning(engine: Engine[Any]) -> Stepped:
-        stepped = step(engine)
+    def poisoning(engine: Engine[Any], number: int) -> Stepped:
+        stepped = step(engine, number)
         if engine.optimizer.state and next(iter(engine.optimizer.state.values()))["step"] == 3:
             next(engine.module.parameters()).data.fill_(float("nan"))
         return stepped

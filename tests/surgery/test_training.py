@@ -332,9 +332,9 @@ def bucket_bytes(config: Path, *overrides: str) -> int:
     engines = []
     step = Engine.step
 
-    def noted(engine: Engine[Any]) -> Stepped:
+    def noted(engine: Engine[Any], number: int) -> Stepped:
         engines.append(engine)
-        return step(engine)
+        return step(engine, number)
 
     with patch.object(Engine, "step", noted):
         run(config, *overrides)

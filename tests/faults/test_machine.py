@@ -204,7 +204,7 @@ def test_training_outlasts_its_screen(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         assert main(["train", str(tiny), "steps=4"]) == 0
-    assert lines_of(tiny.parent / "run") == [2, 4, 4]
+    assert lines_of(tiny.parent / "run") == [0, 2, 4, 4, 4]
     assert (tiny.parent / "run" / "best" / "scores.json").exists()
     reason = {"gone": "Broken pipe", "full": "No space left on device"}[where]
     assert caplog.messages == [f"the screen cannot be written ({reason}); training goes on without it"]

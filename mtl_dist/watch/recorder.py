@@ -134,22 +134,28 @@ def _keep_until(step: int, metrics: Path) -> dict[str, Any]:
     if not metrics.exists():
         return {}
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+    kept: list[str] = []
+    told: dict[str, Any] = {}
+    for line in lines:
+        record = _record_in(line) if line.endswith("\n") else None
+        if record is not None and record["step"] <= step:
+            kept.append(line)
+            told[record["kind"]] = record
     draft = metrics.with_name(DRAFT)
     draft.unlink(missing_ok=True)
     draft.write_text("".join(kept), encoding="utf-8")
     draft.replace(metrics)
-    return {record["kind"]: record for record in map(json.loads, kept)}
+    return told
 
 
-def _step_of(line: str) -> float:
-    """The step that a record tells of; a line that is none belongs to no step of a run."""
+def _record_in(line: str) -> dict[str, Any] | None:
+    """The record in a line, if it is one."""
     try:
         record = json.loads(line)
-        return float(record["step"]) if record["kind"] else math.inf
+        return {**record, "kind": str(record["kind"]), "step": float(record["step"])}
     except (ValueError, TypeError, KeyError):
         log.warning("metrics.jsonl: a line that cannot be read is left out: %.40s", line.strip())
-        return math.inf
+        return None
 
 
 def _finite(value: Any) -> Any:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import yaml
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
@@ -39,7 +38,7 @@ from mtl_dist.studies.plan import tokens_of_draws
 from mtl_dist.studies.published import PUBLISHED, Published, published_beside
 from mtl_dist.studies.table import Outcome, Row, outcome_of, system_of
 from mtl_dist.training.setup import load_data
-from mtl_dist.watch.screen import make_console, plain_table
+from mtl_dist.watch.screen import Drawn, make_console, plain_table
 
 LOOK_EVERY_S = 0.5
 DRAW_EVERY_S = 60.0  # at most; besides the last time
@@ -371,12 +370,12 @@ class Watch:
         return int(record.get("tokens", 0))
 
 
-class Screen:
+class Screen(Drawn):
     """All runs on one screen: a bar over them, a line for each that is under way, and those that failed."""
 
     def __init__(self, study: Gathering, console: Console) -> None:
+        super().__init__(console)
         self.study = study
-        self.console = console
         self.watches: dict[Path, Watch] = {}
         self.speeds: dict[Path, float] = {}  # tokens per second of each run
         self.took: list[tuple[float, int]] = []  # seconds and tokens of runs that ended while this study looked on
@@ -387,7 +386,6 @@ class Screen:
             console=console,
         )
         self.bar_id = self.bar.add_task("", total=len(study.runs), completed=len(study.done), state="starting")
-        self.live = Live(self, console=console, auto_refresh=False) if console.is_terminal else None
 
     def __rich__(self) -> Group:
         table = plain_table("run", "step", "tokens/s", "dev", texts=["run", "dev"])
@@ -408,18 +406,12 @@ class Screen:
         score = record.get(name) if name in OVERALL else record["tasks"][name][config.tasks[name].metric]
         return f"{name} {'undefined' if score is None else f'{score:.4f}'}"
 
-    def __enter__(self) -> "Screen":
-        if self.live:
-            self.live.start(refresh=True)
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         stopped = len(self.watches)
         self.watches.clear()
         self.refresh()
-        if self.live:
-            self.live.stop()
-        if kind is not None and stopped:
+        super().__exit__()
+        if any(exception) and stopped:
             self.study.tell(f"stopping: {stopped} runs save what they have; the same command goes on")
 
     def started(self, run: Planned) -> None:

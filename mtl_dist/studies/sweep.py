@@ -34,7 +34,6 @@ from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console, Group
-from rich.live import Live
 from rich.text import Text
 
 from mtl_dist.checkpoint import CHECKPOINTS, RunLock, is_in_use
@@ -59,7 +58,7 @@ from mtl_dist.studies.space import Space, into, overrides_of, own_values, read_s
 from mtl_dist.training.folder import refuse_foreign
 from mtl_dist.training.resume import OF_A_START
 from mtl_dist.training.scores import deciding_score
-from mtl_dist.watch.screen import plain_table
+from mtl_dist.watch.screen import Drawn, plain_table
 
 Storage = Literal["sqlite", "journal"]
 STUDY: dict[Storage, str] = {"sqlite": "sweep.db", "journal": "sweep.journal"}
@@ -438,13 +437,12 @@ class Sweep:
             self.say(line)
 
 
-class _Screen:
+class _Screen(Drawn):
     """What a person sees of a sweep: on a terminal the best trial beside those under way, and a line for each end."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        console = sweep.console
-        self.live = Live(self, console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        super().__init__(sweep.console, transient=True)
 
     def __rich__(self) -> Group:
         sweep, trials = self.sweep, self.sweep.trials()
@@ -461,15 +459,6 @@ class _Screen:
             score = f"{told.scores[-1]:.4f}" if told.scores else ""
             table.add_row(each.job.name, step, score, Text(_listed(each.trial.params, names)))
         return Group(f"{_counted(trials)}, of {sweep.last}", table)
-
-    def __enter__(self) -> "_Screen":
-        if self.live:
-            self.live.start(refresh=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
 
     def refresh(self) -> None:
         """Shows how far the trials are."""

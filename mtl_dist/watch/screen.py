@@ -6,10 +6,11 @@ Only one rank shows anything, and nobody's training ends because its screen is g
 import logging
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import IO, Any, cast
+from typing import IO, Any, Self, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -61,11 +62,34 @@ def make_console(enabled: bool, stderr: bool = False, lasting: bool = True) -> C
     return console if console.is_terminal else Console(file=file, quiet=not enabled, width=140)
 
 
-class Screen:
+class Drawn(ABC):
+    """What is drawn anew in its place while it is entered: on a terminal, and nowhere else."""
+
+    def __init__(self, console: Console, transient: bool = False) -> None:
+        self.console = console
+        self.live = None
+        if console.is_terminal:
+            self.live = Live(self, console=console, auto_refresh=False, transient=transient)
+
+    @abstractmethod
+    def __rich__(self) -> Group:
+        """How it looks now."""
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self.live.start(refresh=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live:
+            self.live.stop()
+
+
+class Screen(Drawn):
     """Shows reports on a console."""
 
     def __init__(self, tasks: list[str], total_steps: int, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self.total_steps = total_steps
         self.report: StepReport | None = None
         self.dev = dict.fromkeys(tasks, "")
@@ -76,7 +100,6 @@ class Screen:
             console=console,
         )
         self.bar_id = self.bar.add_task("", total=total_steps, speed="starting")
-        self.live = Live(self, console=console, auto_refresh=False) if console.is_terminal else None
 
     def __rich__(self) -> Group:
         table = plain_table("task", "loss", "draws", "examples", "dev", texts=["task"])
@@ -93,15 +116,6 @@ class Screen:
             f"{self.report.draws[task] / all_draws:.1%}" if all_draws else "",  # every step so far was left out
             f"{self.report.examples[task]:,}",
         ]
-
-    def __enter__(self) -> "Screen":
-        if self.live:
-            self.live.start(refresh=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
 
     def steps(self, report: StepReport) -> None:
         """Shows how far training is."""
